@@ -1,0 +1,160 @@
+/* The numerical kernels: one struct of slots, and the contract every tier keeps bit for bit.
+ *
+ * generic/ defines the answer in plain C; the other tiers overlay the slots they do faster
+ * (dispatch.c), and tests/c/check_kernels holds each of them to generic bit for bit.  Kernels never
+ * see models, threads or files; they allocate nothing and cannot fail, except where a slot's
+ * contract says that it reports non-finite numbers.
+ *
+ * THE CONTRACT
+ *
+ * fma(a, b, c) is one correctly rounded operation everywhere (fma.h); all other float operations
+ * are single IEEE binary32 operations in the order written; the compiler may not contract.
+ * tree16(v) adds 16 lanes as v[i] += v[i + 8] (i < 8), then + 4, + 2, + 1.
+ *
+ * Activations (prepare).  Q8_32, per block of 32 values: amax = max|x|; where amax < 2^-100 all is
+ * zero; else d = amax / 127, id = 127 / amax, q = clamp(round_to_even(x * id), -127, 127),
+ * sum = sum of q, s = d * (float)sum.  Q8_256: the same over blocks of 256, with the integer sums
+ * per 16.  F32: the values themselves.  Rows are padded with zeros to the block.
+ *
+ * Matrix products (matmul).  out[t][r] = dot(row r, activations t).  A lane computes one output,
+ * over blocks of k in ascending order, starting from acc = 0:
+ *   Q4_0 Q5_0 Q8_0   acc = fma((float)isum, dw * da, acc),   isum = sum (code - offset) * q, exact
+ *   Q4_1 Q5_1        acc = fma((float)isum, dw * da, acc); acc = fma(mw, s, acc),
+ *                    isum = sum code * q, exact
+ *   K-quants         blocks of 256 in groups (Q4_K 128, Q5_K 64, Q6_K 32, Q2_K and Q3_K 256):
+ *                    acc = fma((float)isum, dw * da, acc) per group, isum = sum over sub-blocks of
+ *                    scale * sum code * q, exact in int32 and in float (code less its offset for
+ *                    Q3_K and Q6_K); then, for Q2_K, Q4_K and Q5_K, once per 256:
+ *                    acc = fma((float)msum, -(dminw * da), acc), msum = sum over sub-blocks of
+ *                    min * sum q
+ *   F32 F16 BF16     acc = fma(w, x, acc) for each k ascending
+ * dw, mw, dminw are the file's float16 scales as float; da, s the activation's.
+ *
+ * Attention (attend, attend_fold).  Scores, probabilities and sums within one absolute chunk of
+ * SM_CHUNK positions; only positions lo <= j < hi of the chunk are valid:
+ *   s_j = q . k_j by acc = fma(q[d], k_j[d], acc), d ascending from acc = 0 (q is pre-scaled)
+ *   m = max s_j;  e_j = expf(s_j - m);  l = tree16 of lanes lane[j % 16] += e_j, j ascending
+ *   o[d] = acc = fma(e_j, v_j[d], acc), j ascending from acc = 0; then + 0.0f
+ * K and V are read as the cache holds them.  Chunks fold left in ascending order: the first is
+ * copied; then M' = max(M, m), a = expf(M - M'), b = expf(m - M'), L = fma(L, a, l * b),
+ * O = fma(O, a, o * b), M = M'.  The result is O * (1 / L).
+ *
+ * expf is expf.h's polynomial, never libm's.  silu(x) = x / (1 + expf(-x)).
+ * rms_norm: lanes lane[i % 16] = fma(x_i, x_i, lane), i ascending; ss = tree16;
+ * r = 1 / sqrt(ss / n + eps); out_i = (x_i * r) * w_i.
+ * rope on a pair: (x0, x1) -> (fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)).
+ */
+#ifndef SM_KERNELS_H
+#define SM_KERNELS_H
+
+#include "../quants/quants.h"
+
+#define SM_PANEL_ROWS 16
+#define SM_CHUNK 256          /* positions of an attention chunk */
+#define SM_PAGE 64            /* positions of a KV page: a multiple of 16 that divides SM_CHUNK */
+#define SM_CHUNK_PAGES (SM_CHUNK / SM_PAGE)
+#define SM_HEAD_MAX 512       /* largest head size */
+
+/* Scratch a kernel call may use, SM_ALIGN-aligned and the thread's own; see struct users. */
+#define SM_SCRATCH_BYTES ((size_t)1 << 20)
+
+/* ---- activations ---------------------------------------------------------------------------- */
+
+/* Rows of activations in one format.  k_pad = k rounded up to 32 (F32, Q8_32) or 256. */
+struct sm_acts {
+    size_t k, k_pad;
+    float *f;      /* F32:    [n][k_pad] */
+    int8_t *q;     /* Q8_*:   [n][k_pad] */
+    float *d;      /* Q8_32:  [n][k_pad / 32];  Q8_256: [n][k_pad / 256] */
+    float *s;      /* Q8_32:  [n][k_pad / 32] */
+    int32_t *sum;  /* Q8_32:  [n][k_pad / 32];  Q8_256: [n][k_pad / 16] */
+};
+
+static inline size_t sm_act_pad(enum sm_act act, size_t k) {
+    return sm_round_up(k, act == SM_ACT_Q8_256 ? 256 : 32);
+}
+/* Bytes that sm_acts_place needs for n rows of k values. */
+size_t sm_acts_bytes(enum sm_act act, size_t n, size_t k);
+/* Points *a into `memory` (SM_ALIGN-aligned, sm_acts_bytes long). */
+void sm_acts_place(struct sm_acts *a, enum sm_act act, size_t n, size_t k, void *memory);
+
+/* Writes x [k] as row `row` of *a.  false where a value is infinite or NaN (the row is then
+ * undefined). */
+typedef bool sm_prepare_fn(struct sm_acts *a, size_t row, const float *x);
+
+/* ---- weights: panels of 16 rows (panels.c) -------------------------------------------------------
+ * Layouts, for a panel of 16 rows and k_pad columns, block after block of 32 columns:
+ *   Q4_0  [16 f16 d][4][16 rows][4]        byte j of group g, row r: column 4 g + j in the low
+ *   Q4_1  [16 f16 d][16 f16 m][4][16][4]   nibble, column 16 + 4 g + j in the high one
+ *   Q8_0  [16 f16 d][8][16 rows][4]        byte j of group g, row r: column 4 g + j, as code + 128
+ *   F32 F16 BF16  [k_pad][16 rows], values as stored
+ *   others        16 rows of file blocks, one after the other
+ * Missing rows are zero (weight 0); missing columns have weight 0. */
+size_t sm_panel_bytes(enum sm_type t, size_t k);
+/* rows: n_rows (1 .. 16) rows of the file, sm_row_bytes(t, k) apart. */
+void sm_panel_pack(enum sm_type t, void *panel, const void *rows, size_t n_rows, size_t k);
+/* Values of row `row` (0 .. 15) of a panel into out[k]: exactly what dequantizing the file gives. */
+void sm_panel_row(enum sm_type t, const void *panel, size_t row, size_t k, float *out);
+
+/* ---- slots ------------------------------------------------------------------------------------- */
+
+/* out[t * ld + 16 p + r] for every token t < n_tokens, panel p < n_panels, row r < 16. */
+struct sm_matmul {
+    float *out;            /* [n_tokens][ld] */
+    size_t ld;
+    const uint8_t *panels; /* [n_panels][panel_bytes], SM_ALIGN-aligned */
+    size_t panel_bytes, n_panels;
+    const struct sm_acts *acts; /* rows first .. first + n_tokens - 1 */
+    size_t first, n_tokens;
+    void *scratch;         /* SM_SCRATCH_BYTES */
+};
+typedef void sm_matmul_fn(const struct sm_matmul *m);
+
+/* n_q queries against one chunk of one kv head; every query has lo < hi. */
+struct sm_attend {
+    const float *q;        /* [n_q][head], pre-scaled */
+    const int16_t *lo, *hi; /* [n_q] valid positions of the chunk */
+    size_t n_q, head;      /* n_q <= SM_ATTEND_MAX; head <= SM_HEAD_MAX, a multiple of 4 */
+    const void *k[SM_CHUNK_PAGES]; /* pages: [SM_PAGE / 16][head][16] of kv_type; NULL past max(hi) */
+    const void *v[SM_CHUNK_PAGES]; /* pages: [SM_PAGE][head] of kv_type */
+    int kv_type;           /* smallm_kv_type */
+    float *m, *l;          /* [n_q] out */
+    float *o;              /* [n_q][head] out */
+    void *scratch;         /* SM_SCRATCH_BYTES: n_q * SM_CHUNK floats of scores, and the rest free */
+};
+#define SM_ATTEND_MAX 64   /* queries of one call */
+typedef void sm_attend_fn(const struct sm_attend *a);
+
+struct sm_kernels {
+    const char *name; /* the tier's, as SMALLM_ISA writes it */
+
+    sm_prepare_fn *prepare[SM_ACT_COUNT];
+    sm_matmul_fn *matmul[SM_TYPE_COUNT];
+
+    sm_attend_fn *attend;
+    /* Folds (m, l, o[head]) of the next chunk into (*M, *L, O[head]). */
+    void (*attend_fold)(float *M, float *L, float *O, float m, float l, const float *o, size_t head);
+    /* out[head] = O * (1 / L) */
+    void (*attend_finish)(float *out, const float *O, float L, size_t head);
+    /* Writes one position's K and V of one kv head into its page at slot (0 .. SM_PAGE - 1);
+     * f16 rounds to nearest even and saturates at +-65504. */
+    void (*kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
+                     const float *v, size_t head);
+
+    void (*rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
+    /* x[0 .. 2 n_pairs) in place, neighbours (x[2 i], x[2 i + 1]) turn by (cos[i], sin[i]). */
+    void (*rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs);
+    void (*swiglu)(float *out, const float *gate, const float *up, size_t n); /* silu(gate) * up */
+    void (*scale)(float *out, const float *x, float a, size_t n);
+    void (*add)(float *out, const float *x, size_t n);                        /* out += x */
+};
+
+/* The process's kernels: the best tier of isas.def that the CPU can run, or SMALLM_ISA's.
+ * SMALLM_E_ARGUMENT where that names an unknown tier or one the CPU lacks. */
+int sm_kernels_get(const struct sm_kernels **out, smallm_error *err);
+
+/* Tier `i` of isas.def (0: generic) with all lower tiers below it, whether or not the CPU can run
+ * it; false past the last.  For tests: *usable says whether it may be called here. */
+bool sm_kernels_tier(size_t i, struct sm_kernels *out, bool *usable);
+
+#endif

@@ -1,0 +1,52 @@
+/* Weight formats as the file stores them: sizes, and the value of every weight.
+ *
+ * One file per format holds its block layout and its dequantization, which defines what a weight
+ * *is*: bit for bit what the `gguf` Python package's gguf.quants gives.  Matrix kernels work on
+ * panels (kernels/kernels.h) made from the same blocks. */
+#ifndef SM_QUANTS_H
+#define SM_QUANTS_H
+
+#include "../base.h"
+
+enum sm_act { SM_ACT_F32, SM_ACT_Q8_32, SM_ACT_Q8_256, SM_ACT_COUNT };
+
+enum sm_type {
+#define SM_QUANT(NAME, id, name, n, bytes, act) SM_TYPE_##NAME,
+#include "quants.def"
+#undef SM_QUANT
+    SM_TYPE_COUNT
+};
+
+struct sm_quant {
+    const char *name;     /* as the field writes it: "Q4_K" */
+    uint32_t gguf_id;
+    uint32_t block_size;  /* values in a block */
+    uint32_t block_bytes;
+    enum sm_act act;
+    /* Values of n_blocks blocks into out[n_blocks * block_size]. */
+    void (*dequantize)(const void *blocks, float *out, size_t n_blocks);
+    /* Index of the first block whose scale is infinite or NaN (for float formats: whose value is),
+     * or n_blocks. */
+    size_t (*find_nonfinite)(const void *blocks, size_t n_blocks);
+};
+
+extern const struct sm_quant sm_quants[SM_TYPE_COUNT];
+
+/* The type with this GGUF id, or SM_TYPE_COUNT. */
+enum sm_type sm_quant_from_gguf(uint32_t gguf_id);
+
+/* Name of any GGUF type id, also of ones we cannot run ("IQ2_XXS"), or NULL: for messages. */
+const char *sm_quant_gguf_name(uint32_t gguf_id);
+
+/* Bytes of a row of k values; k must be a multiple of the block size. */
+static inline size_t sm_row_bytes(enum sm_type t, size_t k) {
+    return k / sm_quants[t].block_size * sm_quants[t].block_bytes;
+}
+
+#define SM_QUANT(NAME, id, name, n, bytes, act)                                  \
+    void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks);  \
+    size_t sm_find_nonfinite_##name(const void *blocks, size_t n_blocks);
+#include "quants.def"
+#undef SM_QUANT
+
+#endif

@@ -1,0 +1,35 @@
+/* Logits -> token.  Pure: the same logits, history and state give the same token on every platform
+ * (own exp and log in fixed order, no libm).
+ *
+ * Order: penalties, bias, mask, top_k, typical, top_p, min_p, temperature. */
+#ifndef SM_SAMPLER_H
+#define SM_SAMPLER_H
+
+#include "base.h"
+
+struct sm_sampler; /* one per request; one thread at a time */
+
+/* Judges every field (SMALLM_E_ARGUMENT names it, the value and the range) and copies what it
+ * points to. */
+int sm_sampler_new(const smallm_sampling *params, int32_t n_vocab, int32_t n_ctx, struct sm_sampler **out,
+                   smallm_error *err);
+void sm_sampler_free(struct sm_sampler *s); /* NULL allowed */
+
+/* Tells the sampler of a token of the text so far (prompt tokens too), for the penalties. */
+void sm_sampler_accept(struct sm_sampler *s, int32_t token);
+
+struct sm_sampled {
+    int32_t token;
+    float logprob;        /* ln p(token) under the untouched logits; NaN where n_top < 0 */
+    int32_t n_top;
+    int32_t top_ids[64];
+    float top_logprobs[64];
+};
+
+/* Chooses from logits [n_vocab], which it does not change.  n_top: alternatives to report, 0 .. 64, -1: not even
+ * the token's own probability.  SMALLM_E_NUMERIC where a logit is NaN or no token has a finite one
+ * (the mask and bias forbid all: SMALLM_E_ARGUMENT).  Allocates nothing. */
+int sm_sampler_next(struct sm_sampler *s, const float *logits, int n_top, struct sm_sampled *out,
+                    smallm_error *err);
+
+#endif

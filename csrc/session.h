@@ -1,0 +1,52 @@
+/* Sequences over one model: a KV cache, scratch memory and a thread pool.
+ *
+ * One thread at a time.  All memory a pass needs is there before it starts: a pass that fails (out
+ * of memory, cancelled, non-finite activation) leaves every sequence as it was. */
+#ifndef SM_SESSION_H
+#define SM_SESSION_H
+
+#include <stdatomic.h>
+
+#include "model.h"
+
+struct sm_session;
+struct sm_seq; /* the tokens' K and V of one text; pages are shared between forks */
+
+struct sm_session_params {
+    int n_threads, n_ctx, n_batch, kv_type; /* all resolved: no zeros */
+    uint64_t memory_limit;                  /* bytes, 0: none */
+};
+
+int sm_session_new(const struct sm_model *model, const struct sm_session_params *params,
+                   struct sm_session **out, smallm_error *err);
+void sm_session_free(struct sm_session *s); /* NULL allowed; free its sequences first */
+
+int sm_seq_new(struct sm_session *s, struct sm_seq **out, smallm_error *err); /* empty */
+/* A new sequence holding the first n positions of src. */
+int sm_seq_fork(struct sm_session *s, const struct sm_seq *src, int n, struct sm_seq **out,
+                smallm_error *err);
+void sm_seq_rewind(struct sm_session *s, struct sm_seq *seq, int n); /* keeps the first n <= length */
+int sm_seq_length(const struct sm_seq *seq); /* positions held */
+void sm_seq_free(struct sm_session *s, struct sm_seq *seq); /* NULL allowed */
+
+enum sm_want { SM_WANT_NONE, SM_WANT_LAST, SM_WANT_ALL };
+
+struct sm_span { /* the next tokens of one sequence */
+    struct sm_seq *seq;
+    const int32_t *tokens; /* [n] ids in range */
+    int n;
+    enum sm_want want;
+    float *logits;         /* NONE: unused; LAST: [n_vocab]; ALL: [n][n_vocab] */
+};
+
+/* One forward pass over all spans: 1 <= sum of n <= n_batch, each sequence at most once.
+ * On success every sequence is n tokens longer.  *cancel (may be NULL) is read every phase:
+ * SMALLM_E_CANCELLED within that phase.  SMALLM_E_CONTEXT where a sequence would exceed n_ctx,
+ * SMALLM_E_BUDGET / SMALLM_E_MEMORY where the cache cannot grow. */
+int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_spans,
+                   const atomic_bool *cancel, smallm_error *err);
+
+uint64_t sm_session_cache_bytes(const struct sm_session *s);
+uint64_t sm_session_scratch_bytes(const struct sm_session *s);
+
+#endif
