@@ -35,7 +35,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 @dataclass(frozen=True)
 class KV:
-    """A metadata value with the kind it has in the file (`sub`: the kind of an array's elements)."""
+    """A metadata value and its kind in the file (`sub`: the kind of an array's elements)."""
 
     kind: Kind
     value: Any
@@ -139,14 +139,11 @@ def random_k_quant(
 # ---- tokenizers ---------------------------------------------------------------------------------
 
 _SPM_PIECES = (
-    "▁t he in er an ▁a on re ▁the or at en ▁s ▁w es it is ou ar ▁b ed al ▁c ▁h as to ing ▁and "
-    "le ▁to ll ▁of ▁m om ow ay ▁he ▁was ▁in ▁it gh ver ld ▁st ▁once ▁upon ▁time ▁on ▁up ce "
-    "im ime st ▁day ▁li ▁ti ▁hello wor world ▁world qu ick ▁quick ▁br own ▁brown ▁f ox ▁fox"
-).split()
-
-# Every piece of more than two characters must be reachable by merging two others.
-_SPM_JOINTS = (
-    "▁th nc onc ▁onc ▁o ▁u ▁up ▁upo ck ic ui ▁q ▁qu ▁qui wo rld ▁hel lo ▁da ve nd ▁an".split()
+    "▁t|he|in|er|an|▁a|on|re|▁the|or|at|en|▁s|▁w|es|it|is|ou|ar|▁b|ed|al|▁c|▁h|as|to|ing|▁and|"
+    "le|▁to|ll|▁of|▁m|om|ow|ay|▁he|▁was|▁in|▁it|gh|ver|ld|▁st|▁once|▁upon|▁time|▁on|▁up|ce|"
+    "im|ime|st|▁day|▁li|▁ti|▁hello|wor|world|▁world|qu|ick|▁quick|▁br|own|▁brown|▁f|ox|▁fox|"
+    # Longer pieces must be reachable by merging two others:
+    "▁th|nc|onc|▁onc|▁o|▁u|▁upo|ck|ic|ui|▁q|▁qu|▁qui|wo|rld|▁hel|lo|▁da|ve|nd|▁an"
 )
 
 _BPE_MERGES = (
@@ -175,9 +172,8 @@ def spm_tokenizer() -> dict[str, Any]:
     """tokenizer.ggml.* keys of a SentencePiece-like vocabulary with byte tokens."""
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
-    pieces = list(dict.fromkeys(_SPM_PIECES + _SPM_JOINTS))
+    pieces = list(dict.fromkeys(_SPM_PIECES.split("|")))
     chars = ["▁"] + [chr(c) for c in range(33, 127)] + list("äöüéßñ中文字😀")
-    pieces = [p for p in pieces if len(p) > 1]
     scores = [0.0] * len(tokens) + [-float(i) for i in range(len(pieces) + len(chars))]
     tokens += pieces + chars
     types += [NORMAL] * (len(pieces) + len(chars))
@@ -295,10 +291,8 @@ def write_tiny(
 
     def add(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> None:
         values = rng.normal(mean, std, size=shape)
-        if len(shape) == 1:
-            type_name = "F32"
-        else:
-            type_name = types if isinstance(types, str) else types(name)
+        matrix_type = types if isinstance(types, str) else types(name)
+        type_name = matrix_type if len(shape) == 2 else "F32"
         tensors[name] = Tensor.encode(values, type_name, rng)
 
     # Queries and keys give scores of spread 2; each sub-layer adds about as much as the embedding,
