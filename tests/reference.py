@@ -15,6 +15,7 @@ The file's query and key rows are ordered so that rope turns neighbours (2 i, 2 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _K_QUANT_TYPES = (GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q5_K, Gg
 
 
 def round_int8(x: np.ndarray, block: int) -> np.ndarray:
-    """x [..., k] as int8 times one float32 scale per `block` values; the last block may be short."""
+    """x [..., k] as int8 times one float32 scale per `block` values; the last may be short."""
     k = x.shape[-1]
     padded = np.zeros((*x.shape[:-1], -(-k // block) * block), dtype=np.float32)
     padded[..., :k] = x
@@ -179,9 +180,7 @@ def spm_encode(meta: dict[str, Any], text: str) -> list[int]:
     parts = list("▁" + text.replace(" ", "▁"))
     while True:
         pairs = [
-            (scores[index[a + b]], -i)
-            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-            if a + b in index
+            (scores[index[a + b]], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in index
         ]
         if not pairs:
             break
