@@ -17,6 +17,11 @@ const char *sm_file_path(const struct sm_file *f);
 /* Reads exactly n bytes at `offset`; any thread may call.  SMALLM_E_IO where the file ends early. */
 int sm_file_read(const struct sm_file *f, uint64_t offset, void *dst, size_t n, smallm_error *err);
 void sm_file_close(struct sm_file *f); /* NULL allowed */
+#ifdef SMALLM_TEST_ALLOC
+/* Test builds only: a file whose content is bytes[n], which the caller keeps alive. */
+int sm_file_from_memory(const char *path, const void *bytes, size_t n, struct sm_file **out,
+                        smallm_error *err);
+#endif
 
 /* ---- raw memory for mem.c ------------------------------------------------------------------ */
 void *sm_os_alloc(size_t n, size_t align); /* NULL on failure */
@@ -63,6 +68,9 @@ struct sm_cores {
     bool hybrid;
 };
 void sm_cores_get(struct sm_cores *out);
+
+/* Asks for the AMX tile registers, which the system withholds until a process does; false: refused. */
+bool sm_os_permit_amx(void);
 
 const char *sm_env(const char *name); /* getenv; NULL where unset or empty */
 
