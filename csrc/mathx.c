@@ -92,8 +92,10 @@ static double log_sum(double x, double *lo) {
     for (size_t i = 0; i < sizeof factor / sizeof factor[0]; i++) q = z * (q + factor[i]);
     double tail = 2.0 * s * q + 2.0 * s_lo + k * LN2_LO;
     double a = k * LN2_HI, b = 2.0 * s; /* |a| > |b| or a = 0 */
-    double hi = a + b;
-    *lo = (b - (hi - a)) + tail;
+    double sum = a + b;
+    tail += b - (sum - a);
+    double hi = sum + tail;
+    *lo = tail - (hi - sum);
     return hi;
 }
 
