@@ -1,0 +1,71 @@
+/* float16 and bfloat16 <-> float32.  Widening is exact, narrowing rounds to nearest even; values too
+ * large become infinite, NaNs stay NaNs (quiet).  The hardware's and the portable version agree bit
+ * for bit.  Only static inline functions: every tier compiles its own. */
+#ifndef SM_F16_H
+#define SM_F16_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+static inline float sm_float_of_bits(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+static inline uint32_t sm_bits_of_float(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static inline float sm_f16_to_f32(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = h >> 10 & 31u, fraction = h & 1023u;
+    if (exponent == 31) {
+        return sm_float_of_bits(sign | 0x7F800000u | fraction << 13 | (fraction ? 0x400000u : 0));
+    }
+    if (exponent == 0) { /* fraction * 2^-24: exact and normal as a float */
+        return sm_float_of_bits(sign | sm_bits_of_float((float)fraction * 0x1p-24f));
+    }
+    return sm_float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+#endif
+}
+
+static inline uint16_t sm_f32_to_f16(float x) {
+#if defined(__F16C__)
+    return (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    uint32_t u = sm_bits_of_float(x), sign = u >> 16 & 0x8000u, a = u & 0x7FFFFFFFu;
+    if (a > 0x7F800000u) return (uint16_t)(sign | 0x7E00u | (a >> 13 & 1023u));
+    if (a >= 0x47800000u) return (uint16_t)(sign | 0x7C00u); /* 65536 and up */
+    if (a >= 0x38800000u) { /* normal: a carry out of the fraction moves the exponent, even to inf */
+        a -= UINT32_C(112) << 23;
+        return (uint16_t)(sign | (a + 0xFFFu + (a >> 13 & 1u)) >> 13);
+    }
+    /* Subnormal: the unit is 2^-24, so adding 0.5 rounds in hardware at just that bit. */
+    uint32_t r = sm_bits_of_float(sm_float_of_bits(a) + 0.5f) - 0x3F000000u;
+    return (uint16_t)(sign | r);
+#endif
+}
+
+static inline float sm_bf16_to_f32(uint16_t h) { return sm_float_of_bits((uint32_t)h << 16); }
+
+static inline uint16_t sm_f32_to_bf16(float x) {
+    uint32_t u = sm_bits_of_float(x);
+    if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(u >> 16 | 0x40u);
+    return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
+}
+
+/* A float16 as it lies in a file's block, at any alignment. */
+static inline uint16_t sm_u16_at(const uint8_t p[2]) { return (uint16_t)(p[0] | p[1] << 8); }
+static inline float sm_f16_at(const uint8_t p[2]) { return sm_f16_to_f32(sm_u16_at(p)); }
+static inline bool sm_f16_is_finite_at(const uint8_t p[2]) { return (p[1] & 0x7Cu) != 0x7Cu; }
+
+#endif
