@@ -30,6 +30,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+_HEAD_KEYS = ("llama.attention.key_length", "llama.attention.value_length")
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -136,7 +138,7 @@ def random_k_quant(
     return raw.reshape(shape[0], -1)
 
 
-# ---- tokenizers ---------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 _SPM_PIECES = (
     "▁t|he|in|er|an|▁a|on|re|▁the|or|at|en|▁s|▁w|es|it|is|ou|ar|▁b|ed|al|▁c|▁h|as|to|ing|▁and|"
@@ -212,7 +214,7 @@ def bpe_tokenizer(pre: str = "gpt-2") -> dict[str, Any]:
     }
 
 
-# ---- the model ----------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -234,6 +236,7 @@ def write_tiny(
     n_layer: int = 2,
     n_head: int = 4,
     n_head_kv: int = 2,
+    head: int | None = None,
     n_ff: int = 96,
     n_ctx: int = 256,
     types: str | Callable[[str], str] = "F32",
@@ -248,6 +251,7 @@ def write_tiny(
     """Writes the file and says what is in it.
 
     tokenizer: "spm", "bpe", or the tokenizer.* keys themselves ("tokenizer.ggml.tokens" and so on).
+    head: size of a head where it is not n_embd / n_head.
     types: format of the matrices: one name for all, or name of a tensor -> name of its format.
       K-quants need n_embd and n_ff divisible by 256, the other block formats by 32.
       Norms, biases and rope factors are F32.
@@ -263,7 +267,8 @@ def write_tiny(
     )
     tokens = list(as_kv(keys["tokenizer.ggml.tokens"]).value)
     n_vocab = len(tokens)
-    head = n_embd // n_head
+    sizes = {} if head is None else dict.fromkeys(_HEAD_KEYS, head)
+    head = head or n_embd // n_head
 
     meta: dict[str, Any] = {
         "general.name": "tiny",
@@ -277,6 +282,7 @@ def write_tiny(
         "llama.attention.layer_norm_rms_epsilon": f32(1e-5),
         "llama.rope.dimension_count": head,
         "llama.rope.freq_base": f32(10000.0),
+        **sizes,
         **keys,
     }
     for key, value in (extra or {}).items():
