@@ -327,6 +327,10 @@ def write_tiny(
         add(b + "ffn_gate.weight", (n_ff, n_embd), 1.4 * wide)
         add(b + "ffn_up.weight", (n_ff, n_embd), 1.4 * wide)
         add(b + "ffn_down.weight", (n_embd, n_ff), n_ff**-0.5)
+        if biases:
+            add(b + "ffn_gate.bias", (n_ff,), 0.5)
+            add(b + "ffn_up.bias", (n_ff,), 0.5)
+            add(b + "ffn_down.bias", (n_embd,), 0.2)
     if edit is not None:
         edit(tensors)
 
