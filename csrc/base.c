@@ -4,7 +4,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#define STRUCT_MAX 65536 /* no public struct comes near: a larger size field is uninitialized memory */
+#define STRUCT_MAX 65536 /* no public struct comes near: more is uninitialized memory */
 
 /* Length of the valid UTF-8 character at s[0..n), or 0. */
 static size_t utf8_length(const unsigned char *s, size_t n) {
@@ -34,10 +34,10 @@ int sm_fail(smallm_error *err, int code, const char *fmt, ...) {
     va_end(args);
     size_t n = length < 0 ? 0 : SM_MIN((size_t)length, sizeof text - 1);
     size_t size = SM_MIN(err->size, sizeof *err);
-    size_t room = size > offsetof(smallm_error, message) ? size - offsetof(smallm_error, message) : 0;
-    if (size >= offsetof(smallm_error, message)) err->code = code;
-    if (room == 0) return code;
-    n = SM_MIN(n, room - 1);
+    const size_t head = offsetof(smallm_error, message);
+    if (size >= head) err->code = code;
+    if (size <= head) return code;
+    n = SM_MIN(n, size - head - 1);
     /* Paths may hold any byte and the cut may fall inside a character; the message stays UTF-8. */
     for (size_t i = 0; i < n;) {
         size_t len = utf8_length((const unsigned char *)text + i, n - i);
@@ -63,7 +63,8 @@ const char *sm_printable(char *buf, size_t cap, const char *s, size_t n) {
 
 static int judge_size(size_t size, const char *what, smallm_error *err) {
     if (size >= sizeof(size_t) && size <= STRUCT_MAX) return SMALLM_OK;
-    return sm_fail(err, SMALLM_E_ARGUMENT, "%s.size is %zu: set it to sizeof(%s)", what, size, what);
+    return sm_fail(err, SMALLM_E_ARGUMENT, "%s.size is %zu: set it to sizeof(%s)", what, size,
+                   what);
 }
 
 int sm_read_struct(void *dst, size_t size, const void *src, const char *what, smallm_error *err) {

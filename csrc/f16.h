@@ -1,6 +1,6 @@
-/* float16 and bfloat16 <-> float32.  Widening is exact, narrowing rounds to nearest even; values too
- * large become infinite, NaNs stay NaNs (quiet).  The hardware's and the portable version agree bit
- * for bit.  Only static inline functions: every tier compiles its own. */
+/* float16 and bfloat16 <-> float32.  Widening is exact, narrowing rounds to nearest even; values
+ * too large become infinite, NaNs stay NaNs (quiet).  The hardware's and the portable version agree
+ * bit for bit.  Only static inline functions: every tier compiles its own. */
 #ifndef SM_F16_H
 #define SM_F16_H
 
@@ -45,7 +45,7 @@ static inline uint16_t sm_f32_to_f16(float x) {
     uint32_t u = sm_bits_of_float(x), sign = u >> 16 & 0x8000u, a = u & 0x7FFFFFFFu;
     if (a > 0x7F800000u) return (uint16_t)(sign | 0x7E00u | (a >> 13 & 1023u));
     if (a >= 0x47800000u) return (uint16_t)(sign | 0x7C00u); /* 65536 and up */
-    if (a >= 0x38800000u) { /* normal: a carry out of the fraction moves the exponent, even to inf */
+    if (a >= 0x38800000u) { /* normal: a carry out of the fraction moves the exponent */
         a -= UINT32_C(112) << 23;
         return (uint16_t)(sign | (a + 0xFFFu + (a >> 13 & 1u)) >> 13);
     }

@@ -14,7 +14,7 @@ struct sm_file;
 int sm_file_open(const char *path, struct sm_file **out, smallm_error *err);
 uint64_t sm_file_size(const struct sm_file *f); /* when it was opened */
 const char *sm_file_path(const struct sm_file *f);
-/* Reads exactly n bytes at `offset`; any thread may call.  SMALLM_E_IO where the file ends early. */
+/* Reads exactly n bytes at `offset`; any thread may call.  SMALLM_E_IO: the file ends early. */
 int sm_file_read(const struct sm_file *f, uint64_t offset, void *dst, size_t n, smallm_error *err);
 void sm_file_close(struct sm_file *f); /* NULL allowed */
 #ifdef SMALLM_TEST_ALLOC
@@ -69,7 +69,7 @@ struct sm_cores {
 };
 void sm_cores_get(struct sm_cores *out);
 
-/* Asks for the AMX tile registers, which the system withholds until a process does; false: refused. */
+/* Asks for the AMX tile registers, which a process has to; false: refused. */
 bool sm_os_permit_amx(void);
 
 const char *sm_env(const char *name); /* getenv; NULL where unset or empty */

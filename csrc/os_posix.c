@@ -24,7 +24,7 @@
 #include <sys/sysctl.h>
 #endif
 
-/* ---- files ------------------------------------------------------------------------------------ */
+/* ---- files ---------------------------------------------------------------------------------- */
 
 struct sm_file {
     int fd;
@@ -143,7 +143,7 @@ void sm_file_close(struct sm_file *f) {
     sm_free(f);
 }
 
-/* ---- memory ------------------------------------------------------------------------------------- */
+/* ---- memory --------------------------------------------------------------------------------- */
 
 void *sm_os_alloc(size_t n, size_t align) {
     void *p = NULL;
@@ -160,7 +160,7 @@ void sm_os_advise_huge(void *p, size_t n) {
 #endif
 }
 
-/* ---- threads ------------------------------------------------------------------------------------ */
+/* ---- threads -------------------------------------------------------------------------------- */
 
 #define STACK_BYTES ((size_t)2 << 20)
 
@@ -314,7 +314,7 @@ void sm_gate_wake_all(struct sm_gate *g) {
 
 #endif
 
-/* ---- clock, process, environment ---------------------------------------------------------------- */
+/* ---- clock, process, environment ------------------------------------------------------------ */
 
 uint64_t sm_clock_ns(void) {
     struct timespec t;
@@ -339,7 +339,7 @@ bool sm_os_permit_amx(void) {
 #endif
 }
 
-/* ---- cores and memory ---------------------------------------------------------------------------- */
+/* ---- cores and memory ----------------------------------------------------------------------- */
 
 #if defined(__linux__)
 
@@ -516,7 +516,8 @@ void sm_cores_get(struct sm_cores *out) {
     for (int i = 0; i < MAX_CPUS; i++) {
         if (!CPU_ISSET_S((size_t)i, BYTES, fast)) continue;
         char path[96];
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", i);
+        snprintf(path, sizeof path,
+                 "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", i);
         bool first = true;
         if (read_list(path, BYTES, siblings)) {
             for (int j = 0; j < i && first; j++) {

@@ -1,0 +1,11 @@
+/* F16: IEEE binary16. */
+#include "block.h"
+
+void sm_dequantize_f16(const void *blocks, float *out, size_t n_blocks) {
+    const uint8_t *p = blocks;
+    for (size_t i = 0; i < n_blocks; i++) out[i] = sm_f16_at(p + 2 * i);
+}
+
+size_t sm_find_nonfinite_f16(const void *blocks, size_t n_blocks) {
+    return sm_find_bad_f16(blocks, n_blocks, 2, 0, 1);
+}

@@ -1,0 +1,23 @@
+/* Q4_1: 32 values d * code + m, codes of 4 bits. */
+#include "block.h"
+
+struct block {
+    uint8_t d[2], m[2]; /* float16 */
+    uint8_t codes[16];  /* values 0-15 in the low nibbles, 16-31 in the high ones */
+};
+_Static_assert(sizeof(struct block) == 20, "as in quants.def");
+
+void sm_dequantize_q4_1(const void *blocks, float *out, size_t n_blocks) {
+    const struct block *b = blocks;
+    for (size_t i = 0; i < n_blocks; i++, b++, out += 32) {
+        float d = sm_f16_at(b->d), m = sm_f16_at(b->m);
+        for (int j = 0; j < 16; j++) {
+            out[j] = d * (float)(b->codes[j] & 15) + m;
+            out[j + 16] = d * (float)(b->codes[j] >> 4) + m;
+        }
+    }
+}
+
+size_t sm_find_nonfinite_q4_1(const void *blocks, size_t n_blocks) {
+    return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);
+}

@@ -1,0 +1,28 @@
+/* The table of weight formats, and the names of all types a GGUF file may hold. */
+#include "quants.h"
+
+const struct sm_quant sm_quants[SM_TYPE_COUNT] = {
+#define SM_QUANT(NAME, id, name, n, bytes, act) \
+    {#NAME, id, n, bytes, SM_ACT_##act, sm_dequantize_##name, sm_find_nonfinite_##name},
+#include "quants.def"
+#undef SM_QUANT
+};
+
+enum sm_type sm_quant_from_gguf(uint32_t gguf_id) {
+    int t = 0;
+    while (t < SM_TYPE_COUNT && sm_quants[t].gguf_id != gguf_id) t++;
+    return (enum sm_type)t;
+}
+
+const char *sm_quant_gguf_name(uint32_t gguf_id) {
+    static const char *const names[] = {
+        [0] = "F32",      [1] = "F16",      [2] = "Q4_0",     [3] = "Q4_1",    [6] = "Q5_0",
+        [7] = "Q5_1",     [8] = "Q8_0",     [9] = "Q8_1",     [10] = "Q2_K",   [11] = "Q3_K",
+        [12] = "Q4_K",    [13] = "Q5_K",    [14] = "Q6_K",    [15] = "Q8_K",   [16] = "IQ2_XXS",
+        [17] = "IQ2_XS",  [18] = "IQ3_XXS", [19] = "IQ1_S",   [20] = "IQ4_NL", [21] = "IQ3_S",
+        [22] = "IQ2_S",   [23] = "IQ4_XS",  [24] = "I8",      [25] = "I16",    [26] = "I32",
+        [27] = "I64",     [28] = "F64",     [29] = "IQ1_M",   [30] = "BF16",   [34] = "TQ1_0",
+        [35] = "TQ2_0",   [39] = "MXFP4",   [40] = "NVFP4",   [41] = "Q1_0",
+    };
+    return gguf_id < SM_COUNT(names) ? names[gguf_id] : NULL;
+}
