@@ -23,26 +23,40 @@ struct sm_layer {
 #undef SM_MATRIX
 };
 
-struct sm_hparams {
-    int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;
-    int head;           /* size of one head's q, k and v */
-    int n_rot;          /* dimensions of a head that rope turns, even */
-    float norm_eps;
-    double rope_base, rope_scale; /* angle = position * rope_scale * base^(-2 i / n_rot) / factor[i] */
-    int window;         /* positions a query sees, itself included; 0: all */
+struct sm_metadata { /* one scalar or string key of the file, as text */
+    const char *key, *value;
+    size_t n_value;
 };
 
-struct sm_model;
+struct sm_model {
+    struct sm_hparams h;
+    const struct sm_arch *arch;
+    const struct sm_kernels *kernels;
+    struct sm_tokenizer *tokenizer;
+    struct sm_layer *layers;       /* [h.n_layer] */
+    struct sm_matrix head;         /* logits; the embedding table too where they are tied */
+    float *output_norm;            /* [n_embd] */
+    double *rope_freqs;            /* [n_rot / 2] radians per position */
+    const struct sm_tensor_info *embeddings; /* untied: rows are read from the file; else NULL */
+    struct sm_gguf *file;          /* open where `embeddings` is not NULL */
+    uint8_t *panels;               /* all matrices' */
+    float *vectors;                /* all vectors' */
+    struct sm_metadata *metadata;  /* [n_metadata] */
+    size_t n_metadata;
+    smallm_model_info info;
+};
+
+/* The embedding of token `id` (in range) into out [n_embd]. */
+int sm_model_embed(const struct sm_model *m, int32_t id, float *out, smallm_error *err);
 
 int sm_model_open(const char *path, const smallm_model_params *params, struct sm_model **out,
                   smallm_error *err);
 void sm_model_free(struct sm_model *m);
 
 const struct sm_tokenizer *sm_model_tokenizer(const struct sm_model *m);
-const struct sm_hparams *sm_model_hparams(const struct sm_model *m);
-const struct sm_kernels *sm_model_kernels(const struct sm_model *m);
 void sm_model_get_info(const struct sm_model *m, smallm_model_info *out);
 /* As smallm_model_metadata. */
-int sm_model_metadata(const struct sm_model *m, size_t i, const char **key, const char **value, size_t *n_value);
+int sm_model_metadata(const struct sm_model *m, size_t i, const char **key, const char **value,
+                      size_t *n_value);
 
 #endif

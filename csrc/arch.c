@@ -1,0 +1,165 @@
+/* The table of architectures, and the reading of their keys. */
+#include "arch.h"
+
+#include <math.h>
+#include <stdio.h>
+
+#include "kernels/kernels.h"
+
+static const struct sm_arch archs[] = {
+    /* Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla */
+    {.name = "llama", .rope = SM_ROPE_PAIRS},
+};
+
+int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
+    struct sm_str name = {"", 0};
+    bool found;
+    int status = sm_gguf_get_string(g, "general.architecture", &name, &found, err);
+    if (status != SMALLM_OK) return status;
+    if (!found)
+        return sm_fail(err, SMALLM_E_CORRUPT, "%s: the key general.architecture is missing",
+                       sm_gguf_path(g));
+    char known[256] = "";
+    for (size_t i = 0; i < SM_COUNT(archs); i++) {
+        const char *row = archs[i].name;
+        if (strlen(row) == name.n && memcmp(row, name.s, name.n) == 0) {
+            *out = &archs[i];
+            return SMALLM_OK;
+        }
+        size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%s", i == 0 ? "" : ", ", row);
+    }
+    char shown[64];
+    return sm_fail(err, SMALLM_E_UNSUPPORTED,
+                   "%s: general.architecture is \"%s\"; this version runs: %s", sm_gguf_path(g),
+                   sm_printable(shown, sizeof shown, name.s, name.n), known);
+}
+
+/* Reading one architecture's keys: stops at the first failure. */
+struct reader {
+    const struct sm_arch *arch;
+    const struct sm_gguf *g;
+    smallm_error *err;
+    int status;
+    char key[128];
+};
+
+static const char *full_key(struct reader *r, const char *name) {
+    snprintf(r->key, sizeof r->key, "%s.%s", r->arch->name, name);
+    return r->key;
+}
+
+#define NO_DEFAULT INT64_MIN
+
+static int read_int(struct reader *r, const char *name, int64_t missing, int64_t low, int64_t high) {
+    if (r->status != SMALLM_OK) return 0;
+    const char *key = full_key(r, name);
+    int64_t value = missing;
+    bool found = false;
+    r->status = sm_gguf_get_int(r->g, key, &value, &found, r->err);
+    if (r->status != SMALLM_OK) return 0;
+    if (!found) {
+        if (missing == NO_DEFAULT)
+            r->status = sm_fail(r->err, SMALLM_E_CORRUPT, "%s: the key %s is missing",
+                                sm_gguf_path(r->g), key);
+        return (int)missing;
+    }
+    if (value < low || value > high)
+        r->status = sm_fail(r->err, SMALLM_E_CORRUPT, "%s: %s is %lld; allowed are %lld to %lld",
+                            sm_gguf_path(r->g), key, (long long)value, (long long)low,
+                            (long long)high);
+    return (int)value;
+}
+
+/* low < value <= high */
+static double read_float(struct reader *r, const char *name, double missing, double low,
+                         double high) {
+    if (r->status != SMALLM_OK) return missing;
+    const char *key = full_key(r, name);
+    double value = missing;
+    bool found = false;
+    r->status = sm_gguf_get_float(r->g, key, &value, &found, r->err);
+    if (r->status != SMALLM_OK) return missing;
+    if (!found && isnan(missing))
+        r->status = sm_fail(r->err, SMALLM_E_CORRUPT, "%s: the key %s is missing",
+                            sm_gguf_path(r->g), key);
+    else if (!(value > low && value <= high))
+        r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
+                            "%s: %s is %g; allowed are values above %g up to %g",
+                            sm_gguf_path(r->g), key, value, low, high);
+    return value;
+}
+
+static void refuse(struct reader *r, const char *key, const char *found, const char *allowed) {
+    if (r->status == SMALLM_OK)
+        r->status = sm_fail(r->err, SMALLM_E_UNSUPPORTED, "%s: %s is %s; this version runs %s",
+                            sm_gguf_path(r->g), key, found, allowed);
+}
+
+/* rope.scaling.*: none or linear; Llama 3's factors are a tensor, not a key. */
+static double read_rope_scale(struct reader *r) {
+    struct sm_str type = {"none", 4};
+    bool found = false;
+    if (r->status == SMALLM_OK)
+        r->status = sm_gguf_get_string(r->g, full_key(r, "rope.scaling.type"), &type, &found, r->err);
+    if (r->status != SMALLM_OK) return 1;
+    bool linear = type.n == 6 && memcmp(type.s, "linear", 6) == 0;
+    if (!linear && !(type.n == 4 && memcmp(type.s, "none", 4) == 0)) {
+        char shown[32];
+        refuse(r, r->key, sm_printable(shown, sizeof shown, type.s, type.n), "none and linear");
+        return 1;
+    }
+    double factor = read_float(r, "rope.scale_linear", 1, 0, 1e6); /* the key's name before 2024 */
+    factor = read_float(r, "rope.scaling.factor", factor, 0, 1e6);
+    return linear || !found ? 1 / factor : 1;
+}
+
+int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
+                 smallm_error *err) {
+    struct reader r = {.arch = arch, .g = g, .err = err};
+    memset(h, 0, sizeof *h);
+    h->n_ctx_train = read_int(&r, "context_length", NO_DEFAULT, 1, 1 << 24);
+    h->n_embd = read_int(&r, "embedding_length", NO_DEFAULT, 1, 1 << 16);
+    h->n_layer = read_int(&r, "block_count", NO_DEFAULT, 1, 1024);
+    h->n_ff = read_int(&r, "feed_forward_length", NO_DEFAULT, 1, 1 << 18);
+    h->n_head = read_int(&r, "attention.head_count", NO_DEFAULT, 1, 1024);
+    h->n_head_kv = read_int(&r, "attention.head_count_kv", h->n_head, 1, h->n_head);
+    h->window = read_int(&r, "attention.sliding_window", 0, 0, 1 << 24);
+    h->norm_eps = (float)read_float(&r, "attention.layer_norm_rms_epsilon", NAN, 0, 0.1);
+    h->rope_base = read_float(&r, "rope.freq_base", 10000, 1, 1e12);
+    h->rope_scale = read_rope_scale(&r);
+    if (r.status != SMALLM_OK) return r.status;
+
+    const char *path = sm_gguf_path(g);
+    if (h->n_head % h->n_head_kv != 0)
+        return sm_fail(err, SMALLM_E_CORRUPT,
+                       "%s: %s.attention.head_count_kv is %d, which does not divide head_count %d",
+                       path, arch->name, h->n_head_kv, h->n_head);
+    if (h->n_head / h->n_head_kv > SM_ATTEND_MAX)
+        return sm_fail(err, SMALLM_E_UNSUPPORTED, "%s: %d query heads share a kv head; allowed are %d",
+                       path, h->n_head / h->n_head_kv, SM_ATTEND_MAX);
+    h->head = read_int(&r, "attention.key_length", h->n_embd / h->n_head, 1, SM_HEAD_MAX);
+    int value_length = read_int(&r, "attention.value_length", h->head, 1, SM_HEAD_MAX);
+    h->n_rot = read_int(&r, "rope.dimension_count", h->head, 2, SM_HEAD_MAX);
+    int n_expert = read_int(&r, "expert_count", 0, 0, 1 << 16);
+    if (n_expert > 0) refuse(&r, full_key(&r, "expert_count"), "not 0", "models without experts");
+    bool causal = true, found;
+    if (r.status == SMALLM_OK)
+        r.status = sm_gguf_get_bool(g, full_key(&r, "attention.causal"), &causal, &found, err);
+    if (r.status == SMALLM_OK && !causal) refuse(&r, r.key, "false", "causal models");
+    if (r.status != SMALLM_OK) return r.status;
+
+    if (value_length != h->head)
+        return sm_fail(err, SMALLM_E_UNSUPPORTED,
+                       "%s: attention.value_length is %d and key_length %d; this version needs them equal",
+                       path, value_length, h->head);
+    if (h->head % 4 != 0 || h->head > SM_HEAD_MAX)
+        return sm_fail(err, SMALLM_E_UNSUPPORTED,
+                       "%s: a head has %d values; allowed are multiples of 4 up to %d", path, h->head,
+                       SM_HEAD_MAX);
+    if (h->n_rot % 2 != 0 || h->n_rot > h->head)
+        return sm_fail(err, SMALLM_E_CORRUPT,
+                       "%s: %s.rope.dimension_count is %d; allowed are even numbers up to the head's %d",
+                       path, arch->name, h->n_rot, h->head);
+    return SMALLM_OK;
+}

@@ -1,0 +1,465 @@
+/* Loading: judge everything in the file, bind every tensor once, then pack in parallel.
+ *
+ * Nothing is read of the weights until hyperparameters, tokenizer, names, types and shapes have
+ * been accepted.  Packing goes straight from pread into panels, at most READ_BYTES per thread at a
+ * time, so the peak is the packed size and little more. */
+#include "model.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+
+#include "cpu.h"
+#include "mathx.h"
+#include "os.h"
+#include "threads.h"
+
+#define READ_BYTES ((size_t)1 << 20)
+
+enum need { REQUIRED, OPTIONAL };
+
+/* One tensor to be read: into a matrix's panels, into a vector, or only judged. */
+struct job {
+    const struct sm_tensor_info *tensor;
+    enum sm_type type;
+    struct sm_matrix *matrix; /* or NULL */
+    float **vector;           /* or NULL */
+    size_t n_rows, k, rows_per_unit;
+    _Atomic size_t next;      /* first row nobody has taken */
+};
+
+struct loader {
+    struct sm_model *m;
+    struct sm_gguf *g;
+    smallm_error *err;
+    bool *bound;              /* [tensors of the file] */
+    struct job *jobs;         /* [n_jobs], at most one per tensor */
+    size_t n_jobs;
+    uint8_t *buffers;         /* [n_threads][buffer_bytes] */
+    size_t buffer_bytes;
+    _Atomic int status;       /* of the first job that failed */
+};
+
+/* ---- binding ----------------------------------------------------------------------------------------- */
+
+/* Finds `name`, checks type and shape [rows][k] (rows 1: a vector) and queues its job.
+ * *out stays NULL where an optional tensor is missing. */
+static int bind_tensor(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
+                       struct job **out) {
+    const char *path = sm_gguf_path(l->g);
+    *out = NULL;
+    const struct sm_tensor_info *t = sm_gguf_find_tensor(l->g, name);
+    if (t == NULL) {
+        if (need == OPTIONAL) return SMALLM_OK;
+        return sm_fail(l->err, SMALLM_E_CORRUPT, "%s: the tensor %s is missing", path, name);
+    }
+    size_t index = (size_t)(t - sm_gguf_tensor(l->g, 0));
+    enum sm_type type = sm_quant_from_gguf(t->gguf_type);
+    if (type == SM_TYPE_COUNT) {
+        const char *type_name = sm_quant_gguf_name(t->gguf_type);
+        return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
+                       "%s: the tensor %s has weight format %s (id %u), which this version does not run",
+                       path, name, type_name != NULL ? type_name : "unknown", t->gguf_type);
+    }
+    if (t->dims[0] != k || t->dims[1] != rows || t->dims[2] != 1 || t->dims[3] != 1)
+        return sm_fail(l->err, SMALLM_E_CORRUPT,
+                       "%s: the tensor %s has shape [%llu, %llu, %llu, %llu]; the file's sizes ask for "
+                       "[%zu, %zu]", path, name, (unsigned long long)t->dims[0],
+                       (unsigned long long)t->dims[1], (unsigned long long)t->dims[2],
+                       (unsigned long long)t->dims[3], k, rows);
+    l->bound[index] = true;
+    struct job *job = &l->jobs[l->n_jobs++];
+    size_t row_bytes = sm_row_bytes(type, k);
+    *job = (struct job){.tensor = t, .type = type, .n_rows = rows, .k = k};
+    job->rows_per_unit = SM_MAX(READ_BYTES / (row_bytes * SM_PANEL_ROWS), 1) * SM_PANEL_ROWS;
+    l->buffer_bytes = SM_MAX(l->buffer_bytes, SM_MIN(job->rows_per_unit, rows) * row_bytes);
+    l->m->info.n_params += rows * k;
+    *out = job;
+    return SMALLM_OK;
+}
+
+static int bind_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
+                       struct sm_matrix *out) {
+    struct job *job;
+    int status = bind_tensor(l, name, need, rows, k, &job);
+    if (status != SMALLM_OK || job == NULL) return status;
+    job->matrix = out;
+    *out = (struct sm_matrix){.type = job->type, .n_rows = rows, .k = k,
+                              .n_panels = (rows + SM_PANEL_ROWS - 1) / SM_PANEL_ROWS,
+                              .panel_bytes = sm_panel_bytes(job->type, k)};
+    return SMALLM_OK;
+}
+
+static int bind_vector(struct loader *l, const char *name, enum need need, size_t length,
+                       float **out) {
+    struct job *job;
+    int status = bind_tensor(l, name, need, 1, length, &job);
+    if (job != NULL) job->vector = out;
+    return status;
+}
+
+static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
+    const struct sm_hparams *h = &l->m->h;
+    char name[64];
+    int status;
+#define SM_VECTOR(field, suffix, need, length)                                       \
+    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    status = bind_vector(l, name, need, (size_t)(length), &layer->field);            \
+    if (status != SMALLM_OK) return status;
+#define SM_MATRIX(field, suffix, need, rows, columns)                                \
+    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    status = bind_matrix(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
+    if (status != SMALLM_OK) return status;
+#include "tensors.def"
+#undef SM_VECTOR
+#undef SM_MATRIX
+    return SMALLM_OK;
+}
+
+static int bind_all(struct loader *l, float **rope_factors) {
+    struct sm_model *m = l->m;
+    size_t n_embd = (size_t)m->h.n_embd, n_vocab = (size_t)m->h.n_vocab;
+    int status;
+    if (sm_gguf_find_tensor(l->g, "output.weight") != NULL) {
+        struct job *job;
+        status = bind_tensor(l, "token_embd.weight", REQUIRED, n_vocab, n_embd, &job);
+        if (status != SMALLM_OK) return status;
+        m->embeddings = job->tensor;
+        status = bind_matrix(l, "output.weight", REQUIRED, n_vocab, n_embd, &m->head);
+    } else {
+        status = bind_matrix(l, "token_embd.weight", REQUIRED, n_vocab, n_embd, &m->head);
+    }
+    if (status != SMALLM_OK) return status;
+    status = bind_vector(l, "output_norm.weight", REQUIRED, n_embd, &m->output_norm);
+    if (status != SMALLM_OK) return status;
+    status = bind_vector(l, "rope_freqs.weight", OPTIONAL, (size_t)m->h.n_rot / 2, rope_factors);
+    for (int i = 0; i < m->h.n_layer && status == SMALLM_OK; i++)
+        status = bind_layer(l, i, &m->layers[i]);
+    if (status != SMALLM_OK) return status;
+    for (size_t i = 0; i < sm_gguf_n_tensors(l->g); i++) {
+        if (l->bound[i]) continue;
+        const struct sm_str *name = &sm_gguf_tensor(l->g, i)->name;
+        char shown[80];
+        return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
+                       "%s: the tensor %s is not one that the architecture %s has (layers: %d)",
+                       sm_gguf_path(l->g), sm_printable(shown, sizeof shown, name->s, name->n),
+                       m->arch->name, m->h.n_layer);
+    }
+    return SMALLM_OK;
+}
+
+/* ---- packing ------------------------------------------------------------------------------------------- */
+
+/* Reads rows first .. first + n - 1 of a job into `buffer`, judges them and puts them in place. */
+static int load_rows(const struct loader *l, const struct job *job, size_t first, size_t n,
+                     uint8_t *buffer, smallm_error *err) {
+    size_t row_bytes = sm_row_bytes(job->type, job->k);
+    int status = sm_gguf_read(l->g, job->tensor, first * row_bytes, buffer, n * row_bytes, err);
+    if (status != SMALLM_OK) return status;
+    const struct sm_quant *quant = &sm_quants[job->type];
+    size_t n_blocks = n * row_bytes / quant->block_bytes;
+    size_t bad = quant->find_nonfinite(buffer, n_blocks);
+    if (bad != n_blocks) {
+        char shown[80];
+        size_t block = first * (job->k / quant->block_size) + bad;
+        return sm_fail(err, SMALLM_E_CORRUPT,
+                       "%s: the tensor %s has an infinite or NaN %s in block %zu",
+                       sm_gguf_path(l->g),
+                       sm_printable(shown, sizeof shown, job->tensor->name.s, job->tensor->name.n),
+                       quant->block_size == 1 ? "value" : "scale", block);
+    }
+    if (job->vector != NULL) {
+        quant->dequantize(buffer, *job->vector, n_blocks);
+    } else if (job->matrix != NULL) {
+        uint8_t *panel = job->matrix->panels + first / SM_PANEL_ROWS * job->matrix->panel_bytes;
+        for (size_t r = 0; r < n; r += SM_PANEL_ROWS, panel += job->matrix->panel_bytes)
+            sm_panel_pack(job->type, panel, buffer + r * row_bytes, SM_MIN(n - r, SM_PANEL_ROWS),
+                          job->k);
+    }
+    return SMALLM_OK;
+}
+
+static void load_phase(void *arg, int thread, int n_threads) {
+    struct loader *l = arg;
+    (void)n_threads;
+    uint8_t *buffer = l->buffers + (size_t)thread * l->buffer_bytes;
+    for (size_t j = 0; j < l->n_jobs; j++) {
+        struct job *job = &l->jobs[j];
+        for (;;) {
+            if (atomic_load(&l->status) != SMALLM_OK) return;
+            size_t first = atomic_fetch_add(&job->next, job->rows_per_unit);
+            if (first >= job->n_rows) break;
+            smallm_error err = {.size = sizeof err};
+            int status = load_rows(l, job, first, SM_MIN(job->rows_per_unit, job->n_rows - first),
+                                   buffer, &err);
+            int none = SMALLM_OK;
+            if (status != SMALLM_OK && atomic_compare_exchange_strong(&l->status, &none, status))
+                sm_fail(l->err, status, "%s", err.message);
+        }
+    }
+}
+
+/* Lays all panels and vectors out in two allocations. */
+static int allocate_weights(struct loader *l, uint64_t memory_limit) {
+    struct sm_model *m = l->m;
+    size_t panel_bytes = 0, n_floats = 0;
+    for (size_t j = 0; j < l->n_jobs; j++) {
+        const struct job *job = &l->jobs[j];
+        if (job->vector != NULL) n_floats += sm_round_up(job->k, SM_ALIGN / sizeof(float));
+        size_t bytes = 0;
+        if (job->matrix != NULL &&
+            (!sm_mul(job->matrix->n_panels, job->matrix->panel_bytes, &bytes) ||
+             !sm_add(panel_bytes, bytes, &panel_bytes)))
+            return sm_fail(l->err, SMALLM_E_MEMORY, "%s: the packed weights exceed the address space",
+                           sm_gguf_path(l->g));
+    }
+    m->info.n_packed_bytes = (uint64_t)panel_bytes + n_floats * sizeof(float);
+    if (memory_limit != 0 && m->info.n_packed_bytes > memory_limit)
+        return sm_fail(l->err, SMALLM_E_BUDGET,
+                       "%s: the packed weights need %llu bytes; memory_limit is %llu",
+                       sm_gguf_path(l->g), (unsigned long long)m->info.n_packed_bytes,
+                       (unsigned long long)memory_limit);
+    m->panels = sm_alloc(panel_bytes);
+    m->vectors = sm_alloc(n_floats * sizeof(float));
+    if (m->panels == NULL || m->vectors == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory for %llu bytes of packed weights",
+                       sm_gguf_path(l->g), (unsigned long long)m->info.n_packed_bytes);
+    uint8_t *panel = m->panels;
+    float *vector = m->vectors;
+    for (size_t j = 0; j < l->n_jobs; j++) {
+        const struct job *job = &l->jobs[j];
+        if (job->matrix != NULL) {
+            job->matrix->panels = panel;
+            panel += job->matrix->n_panels * job->matrix->panel_bytes;
+        }
+        if (job->vector != NULL) {
+            *job->vector = vector;
+            vector += sm_round_up(job->k, SM_ALIGN / sizeof(float));
+        }
+    }
+    return SMALLM_OK;
+}
+
+static int pack_all(struct loader *l, int n_threads, uint64_t memory_limit) {
+    int status = allocate_weights(l, memory_limit);
+    if (status != SMALLM_OK) return status;
+    l->buffer_bytes = sm_round_up(l->buffer_bytes, SM_ALIGN);
+    l->buffers = sm_alloc((size_t)n_threads * l->buffer_bytes);
+    if (l->buffers == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory for the read buffers",
+                       sm_gguf_path(l->g));
+    struct sm_pool *pool;
+    status = sm_pool_new(n_threads, &pool, l->err);
+    if (status != SMALLM_OK) return status;
+    sm_pool_run(pool, load_phase, l);
+    sm_pool_free(pool);
+    return atomic_load(&l->status);
+}
+
+/* ---- what the model tells about itself --------------------------------------------------------------- */
+
+static int copy_metadata(struct loader *l) {
+    struct sm_model *m = l->m;
+    size_t n = 0, n_text = 0;
+    for (size_t i = 0; i < sm_gguf_n_keys(l->g); i++) {
+        long length = sm_gguf_format(l->g, i, NULL, 0);
+        if (length < 0) continue;
+        n++;
+        n_text += sm_gguf_key(l->g, i).n + 1 + (size_t)length + 1;
+    }
+    m->metadata = sm_alloc(n * sizeof m->metadata[0] + n_text);
+    if (m->metadata == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory for the metadata", sm_gguf_path(l->g));
+    char *text = (char *)(m->metadata + n);
+    for (size_t i = 0; i < sm_gguf_n_keys(l->g); i++) {
+        long length = sm_gguf_format(l->g, i, NULL, 0);
+        if (length < 0) continue;
+        struct sm_str key = sm_gguf_key(l->g, i);
+        struct sm_metadata *entry = &m->metadata[m->n_metadata++];
+        memcpy(text, key.s, key.n);
+        text[key.n] = 0;
+        entry->key = text;
+        text += key.n + 1;
+        entry->value = text;
+        entry->n_value = (size_t)length;
+        sm_gguf_format(l->g, i, text, (size_t)length + 1);
+        text += length + 1;
+    }
+    return SMALLM_OK;
+}
+
+/* "Q4_1 69 %, Q8_0 31 %": the matrices' formats by bytes, largest first. */
+static void describe_formats(const struct loader *l, char *out, size_t cap) {
+    uint64_t bytes[SM_TYPE_COUNT] = {0}, all = 0;
+    for (size_t j = 0; j < l->n_jobs; j++) {
+        if (l->jobs[j].vector != NULL) continue;
+        bytes[l->jobs[j].type] += l->jobs[j].tensor->n_bytes;
+        all += l->jobs[j].tensor->n_bytes;
+    }
+    size_t used = 0;
+    out[0] = 0;
+    for (;;) {
+        size_t best = 0;
+        for (size_t t = 1; t < SM_TYPE_COUNT; t++)
+            if (bytes[t] > bytes[best]) best = t;
+        if (bytes[best] == 0 || used + 32 > cap) return;
+        used += (size_t)snprintf(out + used, cap - used, "%s%s %.0f %%", used == 0 ? "" : ", ",
+                                 sm_quants[best].name, 100.0 * (double)bytes[best] / (double)all);
+        bytes[best] = 0;
+    }
+}
+
+static void describe(const struct loader *l) {
+    struct sm_model *m = l->m;
+    const struct sm_hparams *h = &m->h;
+    smallm_model_info *info = &m->info;
+    struct sm_tokenizer_info t;
+    sm_tokenizer_get_info(m->tokenizer, &t);
+    snprintf(info->architecture, sizeof info->architecture, "%s", m->arch->name);
+    snprintf(info->tokenizer, sizeof info->tokenizer, "%s", t.model);
+    snprintf(info->pre_tokenizer, sizeof info->pre_tokenizer, "%s", t.pre);
+    describe_formats(l, info->formats, sizeof info->formats);
+    info->n_file_bytes = sm_gguf_data_bytes(l->g);
+    for (size_t j = 0; j < l->n_jobs; j++)
+        if (l->jobs[j].matrix != NULL)
+            info->n_token_bytes += l->jobs[j].matrix->n_panels * l->jobs[j].matrix->panel_bytes;
+    info->n_vocab = h->n_vocab;
+    info->n_ctx_train = h->n_ctx_train;
+    info->n_embd = h->n_embd;
+    info->n_layer = h->n_layer;
+    info->n_head = h->n_head;
+    info->n_head_kv = h->n_head_kv;
+    info->n_ff = h->n_ff;
+    info->head_size = h->head;
+    info->bos = t.bos;
+    info->eos = t.eos;
+    info->eot = t.eot;
+    info->add_bos = t.add_bos;
+    info->add_eos = t.add_eos;
+}
+
+/* ---- opening --------------------------------------------------------------------------------------------- */
+
+static int make_rope_freqs(struct loader *l, const float *factors) {
+    struct sm_model *m = l->m;
+    int n = m->h.n_rot / 2;
+    m->rope_freqs = sm_alloc((size_t)n * sizeof m->rope_freqs[0]);
+    if (m->rope_freqs == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
+    for (int i = 0; i < n; i++) {
+        double factor = factors != NULL ? (double)factors[i] : 1;
+        if (!(factor > 1e-6 && factor < 1e6))
+            return sm_fail(l->err, SMALLM_E_CORRUPT,
+                           "%s: rope_freqs.weight[%d] is %g; allowed are 1e-6 to 1e6",
+                           sm_gguf_path(l->g), i, factor);
+        m->rope_freqs[i] = m->h.rope_scale / factor * sm_pow(m->h.rope_base, -2.0 * i / m->h.n_rot);
+    }
+    return SMALLM_OK;
+}
+
+static int open_file(struct loader *l, const smallm_model_params *params) {
+    struct sm_model *m = l->m;
+    int n_threads = params->n_threads;
+    int status = n_threads == 0 ? sm_cpu_default_threads(&n_threads, l->err) : SMALLM_OK;
+    if (status != SMALLM_OK) return status;
+    status = sm_kernels_get(&m->kernels, l->err);
+    if (status != SMALLM_OK) return status;
+    status = sm_arch_find(l->g, &m->arch, l->err);
+    if (status != SMALLM_OK) return status;
+    status = sm_arch_read(m->arch, l->g, &m->h, l->err);
+    if (status != SMALLM_OK) return status;
+    status = sm_tokenizer_new(l->g, &m->tokenizer, l->err);
+    if (status != SMALLM_OK) return status;
+    m->h.n_vocab = sm_tokenizer_n_vocab(m->tokenizer);
+
+    size_t n_tensors = sm_gguf_n_tensors(l->g);
+    l->bound = sm_calloc(n_tensors, sizeof l->bound[0]);
+    l->jobs = sm_calloc(n_tensors, sizeof l->jobs[0]);
+    m->layers = sm_calloc((size_t)m->h.n_layer, sizeof m->layers[0]);
+    if (l->bound == NULL || l->jobs == NULL || m->layers == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory for the tensor table",
+                       sm_gguf_path(l->g));
+    float *rope_factors = NULL;
+    status = bind_all(l, &rope_factors);
+    if (status != SMALLM_OK) return status;
+    status = pack_all(l, n_threads, params->memory_limit);
+    if (status != SMALLM_OK) return status;
+    status = make_rope_freqs(l, rope_factors);
+    if (status != SMALLM_OK) return status;
+    status = copy_metadata(l);
+    if (status != SMALLM_OK) return status;
+    describe(l);
+    if (m->embeddings != NULL) { /* rows are read while running */
+        m->file = l->g;
+        l->g = NULL;
+    }
+    return SMALLM_OK;
+}
+
+int sm_model_open(const char *path, const smallm_model_params *params, struct sm_model **out,
+                  smallm_error *err) {
+    uint64_t begin = sm_clock_ns();
+    *out = NULL;
+    struct loader l = {.err = err};
+    l.m = sm_calloc(1, sizeof *l.m);
+    if (l.m == NULL) return sm_fail(err, SMALLM_E_MEMORY, "%s: no memory", path);
+    int status = sm_gguf_open(path, &l.g, err);
+    if (status == SMALLM_OK) status = open_file(&l, params);
+    sm_gguf_close(l.g);
+    sm_free(l.bound);
+    sm_free(l.jobs);
+    sm_free(l.buffers);
+    if (status != SMALLM_OK) {
+        sm_model_free(l.m);
+        return status;
+    }
+    l.m->info.load_s = (double)(sm_clock_ns() - begin) * 1e-9;
+    *out = l.m;
+    return SMALLM_OK;
+}
+
+void sm_model_free(struct sm_model *m) {
+    if (m == NULL) return;
+    sm_tokenizer_free(m->tokenizer);
+    sm_gguf_close(m->file);
+    sm_free(m->layers);
+    sm_free(m->rope_freqs);
+    sm_free(m->panels);
+    sm_free(m->vectors);
+    sm_free(m->metadata);
+    sm_free(m);
+}
+
+int sm_model_embed(const struct sm_model *m, int32_t id, float *out, smallm_error *err) {
+    size_t n_embd = (size_t)m->h.n_embd, row = (size_t)id;
+    if (m->embeddings == NULL) {
+        const struct sm_matrix *w = &m->head;
+        sm_panel_row(w->type, w->panels + row / SM_PANEL_ROWS * w->panel_bytes,
+                     row % SM_PANEL_ROWS, n_embd, out);
+        return SMALLM_OK;
+    }
+    enum sm_type type = sm_quant_from_gguf(m->embeddings->gguf_type);
+    const struct sm_quant *quant = &sm_quants[type];
+    size_t row_bytes = sm_row_bytes(type, n_embd);
+    uint8_t blocks[4096];
+    size_t step = sizeof blocks / quant->block_bytes * quant->block_bytes;
+    for (size_t at = 0; at < row_bytes; at += step) {
+        size_t n = SM_MIN(step, row_bytes - at), n_blocks = n / quant->block_bytes;
+        int status = sm_gguf_read(m->file, m->embeddings, row * row_bytes + at, blocks, n, err);
+        if (status != SMALLM_OK) return status;
+        quant->dequantize(blocks, out + at / quant->block_bytes * quant->block_size, n_blocks);
+    }
+    return SMALLM_OK;
+}
+
+const struct sm_tokenizer *sm_model_tokenizer(const struct sm_model *m) { return m->tokenizer; }
+
+void sm_model_get_info(const struct sm_model *m, smallm_model_info *out) { *out = m->info; }
+
+int sm_model_metadata(const struct sm_model *m, size_t i, const char **key, const char **value,
+                      size_t *n_value) {
+    if (i >= m->n_metadata) return SMALLM_DONE;
+    *key = m->metadata[i].key;
+    *value = m->metadata[i].value;
+    *n_value = m->metadata[i].n_value;
+    return SMALLM_OK;
+}
