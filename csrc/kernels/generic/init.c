@@ -1,0 +1,22 @@
+/* The reference tier: every slot, in plain C.  Compiled for the baseline and once more with hardware
+ * FMA (dispatch.c takes that one where it can); both give the same bits. */
+#include "../tier.h"
+
+void SM_NAME(sm_init)(struct sm_kernels *k) {
+    *k = (struct sm_kernels){
+        .name = "generic",
+        .prepare = {[SM_ACT_F32] = SM_NAME(sm_prepare_f32),
+                    [SM_ACT_Q8_32] = SM_NAME(sm_prepare_q8_32),
+                    [SM_ACT_Q8_256] = SM_NAME(sm_prepare_q8_256)},
+        .attend = SM_NAME(sm_attend),
+        .attend_fold = SM_NAME(sm_attend_fold),
+        .attend_finish = SM_NAME(sm_attend_finish),
+        .kv_store = SM_NAME(sm_kv_store),
+        .rms_norm = SM_NAME(sm_rms_norm),
+        .rope_pairs = SM_NAME(sm_rope_pairs),
+        .swiglu = SM_NAME(sm_swiglu),
+        .scale = SM_NAME(sm_scale),
+        .add = SM_NAME(sm_add),
+    };
+    SM_NAME(sm_init_matmul)(k);
+}

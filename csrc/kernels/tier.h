@@ -1,0 +1,29 @@
+/* Names inside a tier's folder, which is compiled with SM_TIER set to the tier's name. */
+#ifndef SM_TIER_H
+#define SM_TIER_H
+
+#include "kernels.h"
+
+#define SM_NAME_JOIN(name, tier) name##__##tier
+#define SM_NAME_EXPAND(name, tier) SM_NAME_JOIN(name, tier)
+#define SM_NAME(name) SM_NAME_EXPAND(name, SM_TIER)
+
+/* Fills the slots this tier improves (generic: all) and the tier's name. */
+void SM_NAME(sm_init)(struct sm_kernels *k);         /* init.c */
+void SM_NAME(sm_init_matmul)(struct sm_kernels *k);  /* matmul.c */
+
+/* Slots that init.c takes from its neighbours. */
+sm_prepare_fn SM_NAME(sm_prepare_f32), SM_NAME(sm_prepare_q8_32), SM_NAME(sm_prepare_q8_256);
+sm_attend_fn SM_NAME(sm_attend);
+void SM_NAME(sm_attend_fold)(float *M, float *L, float *O, float m, float l, const float *o,
+                             size_t head);
+void SM_NAME(sm_attend_finish)(float *out, const float *O, float L, size_t head);
+void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
+                          const float *v, size_t head);
+void SM_NAME(sm_rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
+void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs);
+void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n);
+void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n);
+void SM_NAME(sm_add)(float *out, const float *x, size_t n);
+
+#endif
