@@ -1,0 +1,83 @@
+/* The transformer, from top to bottom.
+ *
+ * Knows the mathematics and nothing of threads, instruction sets, weight formats or model names.
+ * Shapes: n tokens; x [n][n_embd]; q [n][n_head * head]; k, v [n][n_head_kv * head]; h [n][n_ff]. */
+#include "forward.h"
+
+#include "mathx.h"
+
+#define TOKENS_PER_ITEM 8
+
+/* x_t = E[token_t];  (cos, sin)_t[i] of the angle position_t * freq_i */
+static void embed_tokens(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_pass *p = context;
+    const struct sm_model *m = p->model;
+    size_t half = (size_t)m->h.n_rot / 2, n_embd = (size_t)m->h.n_embd;
+    size_t end = SM_MIN((item + 1) * TOKENS_PER_ITEM, p->batch->n);
+    (void)scratch;
+    (void)local;
+    for (size_t t = item * TOKENS_PER_ITEM; t < end; t++) {
+        int status = sm_model_embed(m, p->batch->tokens[t], p->buffers->x + t * n_embd, NULL);
+        if (status != SMALLM_OK) sm_ops_fail(p->ops, status);
+        for (size_t i = 0; i < half; i++) {
+            double s, c;
+            sm_sincos(p->batch->positions[t] * m->rope_freqs[i], &s, &c);
+            p->buffers->cos[t * half + i] = (float)c;
+            p->buffers->sin[t * half + i] = (float)s;
+        }
+    }
+}
+
+static void run_layer(const struct sm_pass *p, int index) {
+    const struct sm_model *m = p->model;
+    const struct sm_layer *layer = &m->layers[index];
+    const struct sm_buffers *b = p->buffers;
+    size_t n = p->batch->n, n_embd = (size_t)m->h.n_embd, n_ff = (size_t)m->h.n_ff;
+    size_t q_size = (size_t)(m->h.n_head * m->h.head), kv_size = (size_t)(m->h.n_head_kv * m->h.head);
+
+    /* q, k, v = W_q, W_k, W_v norm(x) */
+    struct sm_source normed =
+        sm_source_rms_norm(m->kernels, b->x, n_embd, n_embd, layer->attn_norm, m->h.norm_eps);
+    const struct sm_product qkv[] = {
+        {.w = &layer->wq, .bias = layer->bq, .out = b->q, .stride = q_size},
+        {.w = &layer->wk, .bias = layer->bk, .out = b->k, .stride = kv_size},
+        {.w = &layer->wv, .bias = layer->bv, .out = b->v, .stride = kv_size},
+    };
+    sm_ops_project(p->ops, n, &normed, qkv, SM_COUNT(qkv));
+
+    /* x = x + W_o attention(rope(q), rope(k), v) */
+    struct sm_attention attention;
+    struct sm_source attended;
+    sm_mixer_attention(p, index, &attention, &attended);
+    const struct sm_product o = {.w = &layer->wo, .bias = layer->bo, .out = b->x, .stride = n_embd,
+                                 .add = true};
+    sm_ops_project(p->ops, n, &attended, &o, 1);
+
+    /* x = x + W_down (silu(W_gate norm(x)) * W_up norm(x)) */
+    normed = sm_source_rms_norm(m->kernels, b->x, n_embd, n_embd, layer->ffn_norm, m->h.norm_eps);
+    const struct sm_product gate = {.w = &layer->w_gate, .bias = layer->b_gate};
+    const struct sm_product up = {.w = &layer->w_up, .bias = layer->b_up};
+    sm_ops_gated(p->ops, n, &normed, &gate, &up, b->h, n_ff);
+    struct sm_source hidden = sm_source_rows(b->h, n_ff, n_ff);
+    const struct sm_product down = {.w = &layer->w_down, .bias = layer->b_down, .out = b->x,
+                                    .stride = n_embd, .add = true};
+    sm_ops_project(p->ops, n, &hidden, &down, 1);
+}
+
+void sm_forward(const struct sm_pass *p) {
+    const struct sm_model *m = p->model;
+    const struct sm_batch *batch = p->batch;
+    size_t n_embd = (size_t)m->h.n_embd;
+    sm_ops_each(p->ops, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, embed_tokens, (void *)p);
+    for (int i = 0; i < m->h.n_layer; i++) run_layer(p, i);
+
+    /* logits = W_head norm(x), of the wanted tokens only */
+    if (batch->n_wanted == 0 || sm_ops_status(p->ops) != SMALLM_OK) return;
+    for (size_t i = 0; i < batch->n_wanted; i++)
+        memcpy(p->buffers->wanted + i * n_embd, p->buffers->x + batch->wanted[i] * n_embd,
+               n_embd * sizeof(float));
+    struct sm_source normed = sm_source_rms_norm(m->kernels, p->buffers->wanted, n_embd, n_embd,
+                                                 m->output_norm, m->h.norm_eps);
+    const struct sm_product head = {.w = &m->head, .rows = batch->logits};
+    sm_ops_project(p->ops, batch->n_wanted, &normed, &head, 1);
+}

@@ -1,0 +1,65 @@
+/* One forward pass over a batch of tokens of several sequences. */
+#ifndef SM_FORWARD_H
+#define SM_FORWARD_H
+
+#include "cache.h"
+#include "model.h"
+#include "ops.h"
+
+/* Consecutive tokens of one sequence that attend together. */
+struct sm_block {
+    size_t first, n;
+};
+
+struct sm_batch {
+    size_t n;
+    const int32_t *tokens;      /* [n] */
+    const int *positions;       /* [n], ascending within a sequence, whose tokens are neighbours */
+    struct sm_seq *const *seqs; /* [n], pages reserved up to the tokens' positions */
+    const struct sm_block *blocks; /* [n_blocks], at most SM_ATTEND_MAX / (heads per kv head) tokens each */
+    size_t n_blocks;
+    bool alone;                 /* fewer than SM_FEW tokens, each of another sequence: decode */
+    const size_t *wanted;       /* [n_wanted] tokens whose logits are asked for */
+    float *const *logits;       /* [n_wanted] pointers to [n_vocab] */
+    size_t n_wanted;
+};
+
+/* Activations of a pass; sizes for n_tokens tokens. */
+struct sm_buffers {
+    float *x;          /* [n][n_embd] the residual stream */
+    float *q;          /* [n][n_head * head], then attention's result */
+    float *k, *v;      /* [n][n_head_kv * head] */
+    float *h;          /* [n][n_ff] */
+    float *cos, *sin;  /* [n][n_rot / 2] */
+    float *wanted;     /* [n][n_embd] rows of x whose logits are wanted */
+    float *partial;    /* decode: [SM_FEW - 1][n_head][max_chunks][head + 2], see mixers/attention.c */
+    size_t max_chunks;
+};
+
+struct sm_pass {
+    const struct sm_model *model;
+    const struct sm_batch *batch;
+    const struct sm_buffers *buffers;
+    const struct sm_cache *cache;
+    struct sm_ops *ops;
+};
+
+/* Result in sm_ops_status. */
+void sm_forward(const struct sm_pass *p);
+
+/* What the attention of one layer needs until its result has been read. */
+struct sm_attention {
+    const struct sm_pass *p;
+    int layer;
+    size_t group;                /* query heads of a kv head */
+    size_t head, n_head_kv;
+    float scale;                 /* 1 / sqrt(head) */
+    size_t items_before[SM_FEW]; /* decode: items of earlier tokens; [n] is their number */
+};
+
+/* mixers/attention.c: q, k, v of the batch -> *out, a source of rows [n_head * head] that is good
+ * as long as *a is.  K and V enter the cache. */
+void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention *a,
+                        struct sm_source *out);
+
+#endif

@@ -1,0 +1,218 @@
+/* Softmax attention over the paged cache.
+ *
+ * Two schedules, one answer (the chunks and their order are absolute, kernels.h):
+ *   - decode (batch->alone): one phase over (token, kv head, chunk of SM_CHUNK positions); whoever
+ *     takes a head's last chunk first writes the new position's K and V, which nobody else reads.
+ *     The output projection folds the chunks while it prepares its activations.
+ *   - otherwise: K and V of all tokens enter the cache in one phase, then blocks of tokens walk
+ *     their chunks and fold as they go.
+ * One load of K or V serves all query heads of its group. */
+#include <math.h>
+
+#include "../forward.h"
+
+#define TOKENS_PER_ITEM 8
+
+/* First position the token at `position` sees. */
+static int first_visible(const struct sm_attention *a, int position) {
+    int window = a->p->model->h.window;
+    return window > 0 && position + 1 > window ? position + 1 - window : 0;
+}
+static int first_chunk(const struct sm_attention *a, int position) {
+    return first_visible(a, position) / SM_CHUNK;
+}
+
+/* Where token t's query heads of one kv head begin in buffers->q. */
+static float *query_of(const struct sm_attention *a, size_t t, size_t kv_head) {
+    return a->p->buffers->q + (t * a->n_head_kv + kv_head) * a->group * a->head;
+}
+
+static void rope(const struct sm_attention *a, size_t t, float *x) {
+    const struct sm_model *m = a->p->model;
+    size_t half = (size_t)m->h.n_rot / 2;
+    const float *cos = a->p->buffers->cos + t * half, *sin = a->p->buffers->sin + t * half;
+    switch (m->arch->rope) {
+    case SM_ROPE_PAIRS: m->kernels->rope_pairs(x, cos, sin, half); break;
+    }
+}
+
+/* Turned and scaled queries of token t and one kv head: out [group][head]. */
+static void make_queries(const struct sm_attention *a, size_t t, size_t kv_head, float *out) {
+    const float *q = query_of(a, t, kv_head);
+    memcpy(out, q, a->group * a->head * sizeof(float));
+    for (size_t g = 0; g < a->group; g++) rope(a, t, out + g * a->head);
+    a->p->model->kernels->scale(out, out, a->scale, a->group * a->head);
+}
+
+/* Turns token t's k and writes k and v of one head to the cache.  tmp: [head] */
+static void store_kv(const struct sm_attention *a, size_t t, size_t kv_head, float *tmp) {
+    const struct sm_pass *p = a->p;
+    size_t at = (t * a->n_head_kv + kv_head) * a->head;
+    int position = p->batch->positions[t];
+    const struct sm_page *page = p->batch->seqs[t]->pages[position / SM_PAGE];
+    memcpy(tmp, p->buffers->k + at, a->head * sizeof(float));
+    rope(a, t, tmp);
+    p->model->kernels->kv_store(p->cache->kv_type,
+                                sm_cache_part(p->cache, page, a->layer, (int)kv_head, 0),
+                                sm_cache_part(p->cache, page, a->layer, (int)kv_head, 1),
+                                (size_t)(position % SM_PAGE), tmp, p->buffers->v + at, a->head);
+}
+
+/* The pages of one chunk up to position `last`, for the kernel. */
+static void set_pages(const struct sm_attention *a, struct sm_attend *call, const struct sm_seq *seq,
+                      size_t kv_head, int chunk, int last) {
+    const struct sm_cache *c = a->p->cache;
+    for (int i = 0; i < SM_CHUNK_PAGES; i++) {
+        int page = chunk * SM_CHUNK_PAGES + i;
+        bool visible = page * SM_PAGE <= last;
+        call->k[i] = visible ? sm_cache_part(c, seq->pages[page], a->layer, (int)kv_head, 0) : NULL;
+        call->v[i] = visible ? sm_cache_part(c, seq->pages[page], a->layer, (int)kv_head, 1) : NULL;
+    }
+    call->kv_type = c->kv_type;
+    call->head = a->head;
+}
+
+/* Valid positions of `chunk` for a token at `position`. */
+static void set_range(const struct sm_attention *a, int position, int chunk, int16_t *lo, int16_t *hi) {
+    int begin = chunk * SM_CHUNK, first = first_visible(a, position);
+    *lo = (int16_t)(SM_MAX(first, begin) - begin);
+    *hi = (int16_t)(SM_MIN(position + 1, begin + SM_CHUNK) - begin);
+}
+
+/* ---- decode ------------------------------------------------------------------------------------------------ */
+
+/* A token's partial results of one kv head and chunk: m [group], l [group], o [group][head]. */
+static float *partial_of(const struct sm_attention *a, size_t t, size_t kv_head, size_t chunk) {
+    const struct sm_buffers *b = a->p->buffers;
+    size_t index = (t * a->n_head_kv + kv_head) * b->max_chunks + chunk;
+    return b->partial + index * a->group * (a->head + 2);
+}
+
+static void decode_item(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_attention *a = context;
+    const struct sm_batch *batch = a->p->batch;
+    size_t t = 0;
+    while (item >= a->items_before[t + 1]) t++;
+    item -= a->items_before[t];
+    int position = batch->positions[t], first = first_chunk(a, position);
+    int chunk = first + (int)(item / a->n_head_kv);
+    size_t kv_head = item % a->n_head_kv;
+    if (chunk == position / SM_CHUNK) store_kv(a, t, kv_head, local);
+
+    make_queries(a, t, kv_head, local);
+    int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
+    for (size_t g = 0; g < a->group; g++) set_range(a, position, chunk, &lo[g], &hi[g]);
+    float *m = partial_of(a, t, kv_head, (size_t)(chunk - first));
+    struct sm_attend call = {.q = local, .lo = lo, .hi = hi, .n_q = a->group, .m = m,
+                             .l = m + a->group, .o = m + 2 * a->group, .scratch = scratch};
+    set_pages(a, &call, batch->seqs[t], kv_head, chunk, position);
+    a->p->model->kernels->attend(&call);
+}
+
+/* Folds token t's chunks: out [n_head * head]. */
+static void decode_row(const struct sm_source *s, size_t t, float *out) {
+    const struct sm_attention *a = s->context;
+    const struct sm_kernels *k = s->kernels;
+    int position = a->p->batch->positions[t];
+    size_t n_chunks = (size_t)(position / SM_CHUNK - first_chunk(a, position) + 1);
+    for (size_t h = 0; h < a->n_head_kv; h++)
+        for (size_t g = 0; g < a->group; g++) {
+            const float *first = partial_of(a, t, h, 0);
+            float M = first[g], L = first[a->group + g];
+            float *O = out + (h * a->group + g) * a->head;
+            memcpy(O, first + 2 * a->group + g * a->head, a->head * sizeof(float));
+            for (size_t c = 1; c < n_chunks; c++) {
+                const float *next = partial_of(a, t, h, c);
+                k->attend_fold(&M, &L, O, next[g], next[a->group + g],
+                               next + 2 * a->group + g * a->head, a->head);
+            }
+            k->attend_finish(O, O, L, a->head);
+        }
+}
+
+/* ---- prefill ----------------------------------------------------------------------------------------------- */
+
+static void store_item(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_attention *a = context;
+    size_t end = SM_MIN((item + 1) * TOKENS_PER_ITEM, a->p->batch->n);
+    (void)scratch;
+    for (size_t t = item * TOKENS_PER_ITEM; t < end; t++)
+        for (size_t h = 0; h < a->n_head_kv; h++) store_kv(a, t, h, local);
+}
+
+/* One block of tokens and one kv head: all its chunks, folded; the result replaces the queries. */
+static void block_item(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_attention *a = context;
+    const struct sm_batch *batch = a->p->batch;
+    const struct sm_kernels *k = a->p->model->kernels;
+    size_t kv_head = item % a->n_head_kv, group = a->group, head = a->head;
+    /* Late blocks see the most: they go first. */
+    const struct sm_block *block = &batch->blocks[batch->n_blocks - 1 - item / a->n_head_kv];
+    const int *positions = batch->positions + block->first;
+    size_t rows = SM_ATTEND_MAX;
+    float *q = local, *o = q + rows * head, *O = o + rows * head; /* [block->n * group][head] */
+    float *m = O + rows * head, *l = m + rows, *M = l + rows, *L = M + rows; /* [n * group] */
+
+    for (size_t i = 0; i < block->n; i++)
+        make_queries(a, block->first + i, kv_head, q + i * group * head);
+    int first = first_chunk(a, positions[0]), last = positions[block->n - 1];
+    for (int chunk = first; chunk <= last / SM_CHUNK; chunk++) {
+        /* Tokens that see the chunk lie together: positions and windows ascend. */
+        size_t begin = 0, end = block->n;
+        while (positions[begin] < chunk * SM_CHUNK) begin++;
+        while (first_chunk(a, positions[end - 1]) > chunk) end--;
+        if (begin >= end) continue;
+        int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
+        for (size_t i = begin; i < end; i++)
+            for (size_t g = 0; g < group; g++)
+                set_range(a, positions[i], chunk, &lo[i * group + g], &hi[i * group + g]);
+        size_t from = begin * group;
+        struct sm_attend call = {.q = q + from * head, .lo = lo + from, .hi = hi + from,
+                                 .n_q = (end - begin) * group, .m = m + from, .l = l + from,
+                                 .o = o + from * head, .scratch = scratch};
+        set_pages(a, &call, batch->seqs[block->first], kv_head, chunk, last);
+        k->attend(&call);
+        for (size_t i = begin; i < end; i++)
+            for (size_t r = i * group; r < (i + 1) * group; r++) {
+                if (chunk == first_chunk(a, positions[i])) {
+                    M[r] = m[r];
+                    L[r] = l[r];
+                    memcpy(O + r * head, o + r * head, head * sizeof(float));
+                } else {
+                    k->attend_fold(&M[r], &L[r], O + r * head, m[r], l[r], o + r * head, head);
+                }
+            }
+    }
+    for (size_t i = 0; i < block->n; i++)
+        for (size_t g = 0; g < group; g++)
+            k->attend_finish(query_of(a, block->first + i, kv_head) + g * head,
+                             O + (i * group + g) * head, L[i * group + g], head);
+}
+
+/* ---- the mixer --------------------------------------------------------------------------------------------- */
+
+void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention *a,
+                        struct sm_source *out) {
+    const struct sm_hparams *h = &p->model->h;
+    const struct sm_batch *batch = p->batch;
+    size_t q_size = (size_t)(h->n_head * h->head);
+    *a = (struct sm_attention){
+        .p = p, .layer = layer, .group = (size_t)(h->n_head / h->n_head_kv),
+        .head = (size_t)h->head, .n_head_kv = (size_t)h->n_head_kv,
+        .scale = (float)(1 / sqrt((double)h->head)),
+    };
+    if (batch->alone) {
+        for (size_t t = 0; t < batch->n; t++) {
+            int position = batch->positions[t];
+            size_t n_chunks = (size_t)(position / SM_CHUNK - first_chunk(a, position) + 1);
+            a->items_before[t + 1] = a->items_before[t] + n_chunks * a->n_head_kv;
+        }
+        sm_ops_each(p->ops, a->items_before[batch->n], decode_item, a);
+        *out = (struct sm_source){.row = decode_row, .kernels = p->model->kernels, .context = a,
+                                  .k = q_size};
+    } else {
+        sm_ops_each(p->ops, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, store_item, a);
+        sm_ops_each(p->ops, batch->n_blocks * a->n_head_kv, block_item, a);
+        *out = sm_source_rows(p->buffers->q, q_size, q_size);
+    }
+}

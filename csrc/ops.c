@@ -1,0 +1,300 @@
+/* Phases over the pool: prepare activations, multiply panels, finish rows. */
+#include "ops.h"
+
+/* Floats of finished rows a thread keeps before it hands them on: 128 KB, inside L2. */
+#define TILE_FLOATS ((size_t)32768)
+#define MANY 18 /* tokens from which panels are taken in pairs */
+
+/* One thread's own memory. */
+struct local {
+    uint8_t *scratch;   /* SM_SCRATCH_BYTES, for kernels */
+    float *own;         /* [SM_LOCAL_FLOATS], for sm_ops_each */
+    float *row;         /* [k_max], a source's row before it is prepared */
+    float *tile[2];     /* [TILE_FLOATS] products before their epilogue */
+    uint8_t *acts[SM_ACT_COUNT]; /* activations of fewer than SM_FEW tokens */
+};
+
+struct sm_ops {
+    struct sm_pool *pool;
+    const struct sm_kernels *kernels;
+    size_t n_tokens, k_max;
+    uint8_t *acts[SM_ACT_COUNT]; /* activations of n_tokens tokens, shared */
+    struct local *locals;        /* [n_threads] */
+    uint8_t *memory;
+    size_t n_bytes;
+    const atomic_bool *cancel;
+    _Atomic int status;
+};
+
+int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels,
+               struct sm_ops **out, smallm_error *err) {
+    *out = NULL;
+    struct sm_ops *o = sm_calloc(1, sizeof *o);
+    if (o == NULL) return sm_fail(err, SMALLM_E_MEMORY, "no memory for scratch");
+    o->kernels = kernels;
+    o->n_tokens = n_tokens;
+    o->k_max = sm_round_up(k_max, 256);
+    int status = sm_pool_new(n_threads, &o->pool, err);
+    if (status != SMALLM_OK) goto fail;
+    status = SMALLM_E_MEMORY;
+    o->locals = sm_calloc((size_t)n_threads, sizeof o->locals[0]);
+    if (o->locals == NULL) goto fail;
+
+    size_t shared[SM_ACT_COUNT], own[SM_ACT_COUNT], per_thread = 0;
+    for (int a = 0; a < SM_ACT_COUNT; a++) {
+        shared[a] = sm_round_up(sm_acts_bytes((enum sm_act)a, n_tokens, o->k_max), SM_ALIGN);
+        own[a] = sm_round_up(sm_acts_bytes((enum sm_act)a, SM_FEW - 1, o->k_max), SM_ALIGN);
+        o->n_bytes += shared[a];
+        per_thread += own[a];
+    }
+    const size_t floats[] = {SM_LOCAL_FLOATS, o->k_max, TILE_FLOATS, TILE_FLOATS};
+    per_thread += SM_SCRATCH_BYTES;
+    for (size_t i = 0; i < SM_COUNT(floats); i++) per_thread += floats[i] * sizeof(float);
+    per_thread = sm_round_up(per_thread, 4096); /* threads do not share pages */
+    o->n_bytes += (size_t)n_threads * per_thread;
+    o->memory = sm_alloc(o->n_bytes);
+    if (o->memory == NULL) goto fail;
+
+    uint8_t *at = o->memory;
+    for (int a = 0; a < SM_ACT_COUNT; a++) {
+        o->acts[a] = at;
+        at += shared[a];
+    }
+    for (int i = 0; i < n_threads; i++) {
+        struct local *l = &o->locals[i];
+        uint8_t *p = at + (size_t)i * per_thread;
+        l->scratch = p;
+        p += SM_SCRATCH_BYTES;
+        float **parts[] = {&l->own, &l->row, &l->tile[0], &l->tile[1]};
+        for (size_t f = 0; f < SM_COUNT(floats); f++) {
+            *parts[f] = (float *)(void *)p;
+            p += floats[f] * sizeof(float);
+        }
+        for (int a = 0; a < SM_ACT_COUNT; a++) {
+            l->acts[a] = p;
+            p += own[a];
+        }
+    }
+    *out = o;
+    return SMALLM_OK;
+fail:
+    if (status == SMALLM_E_MEMORY) sm_fail(err, status, "no memory for %zu bytes of scratch", o->n_bytes);
+    sm_ops_free(o);
+    return status;
+}
+
+void sm_ops_free(struct sm_ops *o) {
+    if (o == NULL) return;
+    sm_pool_free(o->pool);
+    sm_free(o->locals);
+    sm_free(o->memory);
+    sm_free(o);
+}
+
+uint64_t sm_ops_bytes(const struct sm_ops *o) { return o->n_bytes; }
+
+void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel) {
+    o->cancel = cancel;
+    atomic_store(&o->status, SMALLM_OK);
+}
+
+void sm_ops_fail(struct sm_ops *o, int status) {
+    int none = SMALLM_OK;
+    atomic_compare_exchange_strong(&o->status, &none, status);
+}
+
+int sm_ops_status(struct sm_ops *o) { return atomic_load_explicit(&o->status, memory_order_relaxed); }
+
+static void run_phase(struct sm_ops *o, sm_phase_fn *fn, void *arg) {
+    if (o->cancel != NULL && atomic_load_explicit(o->cancel, memory_order_relaxed))
+        sm_ops_fail(o, SMALLM_E_CANCELLED);
+    if (sm_ops_status(o) == SMALLM_OK) sm_pool_run(o->pool, fn, arg);
+}
+
+/* ---- sources --------------------------------------------------------------------------------------------- */
+
+static void row_plain(const struct sm_source *s, size_t t, float *out) {
+    memcpy(out, s->x + t * s->stride, s->k * sizeof(float));
+}
+
+static void row_rms_norm(const struct sm_source *s, size_t t, float *out) {
+    s->kernels->rms_norm(out, s->x + t * s->stride, s->weight, s->k, s->eps);
+}
+
+struct sm_source sm_source_rows(const float *x, size_t stride, size_t k) {
+    return (struct sm_source){.row = row_plain, .x = x, .stride = stride, .k = k};
+}
+
+struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
+                                    size_t k, const float *weight, float eps) {
+    return (struct sm_source){.row = row_rms_norm, .kernels = kernels, .x = x, .stride = stride,
+                              .k = k, .weight = weight, .eps = eps};
+}
+
+/* ---- products -------------------------------------------------------------------------------------------- */
+
+struct project {
+    struct sm_ops *o;
+    const struct sm_source *s;
+    const struct sm_product *products;
+    size_t n_products, n;
+    bool wants[SM_ACT_COUNT];      /* activation formats the products read */
+    float *gated;                  /* sm_ops_gated's out: products[0] and [1] are gate and up */
+    size_t gated_stride;
+};
+
+/* Prepares rows begin .. end - 1 of the source into acts[], in every format wanted. */
+static void prepare_rows(const struct project *p, size_t begin, size_t end, float *row,
+                         struct sm_acts acts[SM_ACT_COUNT]) {
+    for (size_t t = begin; t < end; t++) {
+        p->s->row(p->s, t, row);
+        for (int a = 0; a < SM_ACT_COUNT; a++)
+            if (p->wants[a] && !p->o->kernels->prepare[a](&acts[a], t, row))
+                sm_ops_fail(p->o, SMALLM_E_NUMERIC);
+    }
+}
+
+static void place_acts(const struct project *p, uint8_t *const *memory,
+                       struct sm_acts acts[SM_ACT_COUNT]) {
+    for (int a = 0; a < SM_ACT_COUNT; a++)
+        if (p->wants[a]) sm_acts_place(&acts[a], (enum sm_act)a, p->n, p->s->k, memory[a]);
+}
+
+static void prepare_phase(void *arg, int thread, int n_threads) {
+    const struct project *p = arg;
+    struct sm_acts acts[SM_ACT_COUNT];
+    place_acts(p, p->o->acts, acts);
+    size_t begin, end;
+    sm_share(p->n, 1, thread, n_threads, &begin, &end);
+    prepare_rows(p, begin, end, p->o->locals[thread].row, acts);
+}
+
+/* Panels first .. first + n_panels - 1 of w for all tokens into tile [n][16 n_panels]. */
+static void multiply(const struct project *p, const struct sm_matrix *w,
+                     const struct sm_acts *acts, size_t first, size_t n_panels, struct local *l,
+                     float *tile) {
+    struct sm_matmul m = {
+        .out = tile, .ld = n_panels * SM_PANEL_ROWS,
+        .panels = w->panels + first * w->panel_bytes, .panel_bytes = w->panel_bytes,
+        .n_panels = n_panels, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->n,
+        .scratch = l->scratch,
+    };
+    p->o->kernels->matmul[w->type](&m);
+}
+
+/* tile [n][ld] += the product's bias, for rows row .. row + n_rows - 1. */
+static void add_bias(const struct project *p, const struct sm_product *product, size_t row,
+                     size_t n_rows, size_t ld, float *tile) {
+    if (product->bias == NULL) return;
+    for (size_t t = 0; t < p->n; t++)
+        p->o->kernels->add(tile + t * ld, product->bias + row, n_rows);
+}
+
+/* Hands a tile's rows row .. row + n_rows - 1 on to the product's destination. */
+static void finish(const struct project *p, const struct sm_product *product, size_t row,
+                   size_t n_rows, size_t ld, float *tile) {
+    const struct sm_kernels *k = p->o->kernels;
+    add_bias(p, product, row, n_rows, ld, tile);
+    for (size_t t = 0; t < p->n; t++) {
+        float *out = product->rows != NULL ? product->rows[t] : product->out + t * product->stride;
+        if (product->add)
+            k->add(out + row, tile + t * ld, n_rows);
+        else
+            memcpy(out + row, tile + t * ld, n_rows * sizeof(float));
+    }
+}
+
+static void finish_gated(const struct project *p, size_t row, size_t n_rows, size_t ld,
+                         float *gate, float *up) {
+    add_bias(p, &p->products[0], row, n_rows, ld, gate);
+    add_bias(p, &p->products[1], row, n_rows, ld, up);
+    for (size_t t = 0; t < p->n; t++)
+        p->o->kernels->swiglu(p->gated + t * p->gated_stride + row, gate + t * ld, up + t * ld, n_rows);
+}
+
+/* A thread's panels begin .. end - 1 of one product (of gate and up together). */
+static void run_panels(const struct project *p, const struct sm_product *product,
+                       const struct sm_acts *acts, size_t begin, size_t end, struct local *l) {
+    size_t step = TILE_FLOATS / (p->n * SM_PANEL_ROWS);
+    if (step > 2) step -= step % 2;
+    for (size_t i = begin; i < end; i += step) {
+        size_t n_panels = SM_MIN(step, end - i), row = i * SM_PANEL_ROWS;
+        size_t n_rows = SM_MIN(n_panels * SM_PANEL_ROWS, product->w->n_rows - row);
+        multiply(p, product->w, acts, i, n_panels, l, l->tile[0]);
+        if (p->gated != NULL) {
+            multiply(p, p->products[1].w, acts, i, n_panels, l, l->tile[1]);
+            finish_gated(p, row, n_rows, n_panels * SM_PANEL_ROWS, l->tile[0], l->tile[1]);
+        } else {
+            finish(p, product, row, n_rows, n_panels * SM_PANEL_ROWS, l->tile[0]);
+        }
+    }
+}
+
+static void product_phase(void *arg, int thread, int n_threads) {
+    const struct project *p = arg;
+    struct local *l = &p->o->locals[thread];
+    struct sm_acts acts[SM_ACT_COUNT];
+    if (p->n < SM_FEW) {
+        place_acts(p, l->acts, acts);
+        prepare_rows(p, 0, p->n, l->row, acts);
+    } else {
+        place_acts(p, p->o->acts, acts);
+    }
+    /* One range of panels over all products, so that small matrices do not round a thread away. */
+    size_t all = 0, n_listed = p->gated != NULL ? 1 : p->n_products;
+    for (size_t i = 0; i < n_listed; i++) all += p->products[i].w->n_panels;
+    size_t begin, end, base = 0;
+    sm_share(all, p->n < MANY ? 1 : 2, thread, n_threads, &begin, &end);
+    for (size_t i = 0; i < n_listed; i++) {
+        size_t n = p->products[i].w->n_panels;
+        size_t from = SM_MAX(begin, base), to = SM_MIN(end, base + n);
+        if (from < to) run_panels(p, &p->products[i], acts, from - base, to - base, l);
+        base += n;
+    }
+}
+
+static void run_project(struct project *p) {
+    for (size_t i = 0; i < p->n_products; i++) p->wants[sm_quants[p->products[i].w->type].act] = true;
+    if (p->n >= SM_FEW) run_phase(p->o, prepare_phase, p);
+    run_phase(p->o, product_phase, p);
+}
+
+void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
+                    const struct sm_product *products, size_t n_products) {
+    struct project p = {.o = o, .s = s, .products = products, .n_products = n_products, .n = n};
+    run_project(&p);
+}
+
+void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
+                  const struct sm_product *up, float *out, size_t stride) {
+    const struct sm_product both[2] = {*gate, *up};
+    struct project p = {.o = o, .s = s, .products = both, .n_products = 2, .n = n, .gated = out,
+                        .gated_stride = stride};
+    run_project(&p);
+}
+
+/* ---- items ------------------------------------------------------------------------------------------------- */
+
+struct each {
+    struct sm_ops *o;
+    sm_item_fn *run;
+    void *context;
+    size_t n;
+    _Atomic size_t next;
+};
+
+static void each_phase(void *arg, int thread, int n_threads) {
+    struct each *e = arg;
+    struct local *l = &e->o->locals[thread];
+    (void)n_threads;
+    for (;;) {
+        size_t item = atomic_fetch_add_explicit(&e->next, 1, memory_order_relaxed);
+        if (item >= e->n) return;
+        e->run(e->context, item, l->scratch, l->own);
+    }
+}
+
+void sm_ops_each(struct sm_ops *o, size_t n, sm_item_fn *run, void *context) {
+    struct each e = {.o = o, .run = run, .context = context, .n = n};
+    run_phase(o, each_phase, &e);
+}

@@ -1,0 +1,74 @@
+/* Splits work over the pool and calls kernels: the only file between the mathematics (forward.c,
+ * mixers/) and threads.
+ *
+ * Every operation is one phase, or two where there are SM_FEW tokens or more: with few tokens each
+ * thread prepares the activations for itself, which costs less than a barrier; with many they are
+ * prepared once, split by token.  Quantized once per activation format in a phase.
+ *
+ * The cancel flag is read before every phase; once cancelled or failed, operations do nothing and
+ * sm_ops_status tells. */
+#ifndef SM_OPS_H
+#define SM_OPS_H
+
+#include <stdatomic.h>
+
+#include "model.h"
+#include "threads.h"
+
+#define SM_FEW 4
+
+/* What a matmul reads: row(source, t, out, scratch) writes token t's k values. */
+struct sm_source {
+    void (*row)(const struct sm_source *s, size_t t, float *out);
+    const struct sm_kernels *kernels;
+    const void *context;   /* the mixer's own */
+    const float *x;        /* [n][stride] */
+    size_t stride, k;
+    const float *weight;   /* norms: [k] */
+    float eps;
+};
+
+/* Where a product goes: out_t[r] (+)= sum_k w[r][k] source_t[k] + bias[r]. */
+struct sm_product {
+    const struct sm_matrix *w;
+    const float *bias;     /* [n_rows] or NULL */
+    float *out;            /* [n][stride], or NULL with rows */
+    size_t stride;
+    float *const *rows;    /* [n] pointers to [n_rows], where they do not lie in one block */
+    bool add;              /* adds to what is there: the residual */
+};
+
+struct sm_ops;
+
+/* Buffers for at most n_tokens tokens; k_max: the longest row any product reads. */
+int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels,
+               struct sm_ops **out, smallm_error *err);
+void sm_ops_free(struct sm_ops *o); /* NULL allowed */
+uint64_t sm_ops_bytes(const struct sm_ops *o);
+
+/* Starts a pass; `cancel` may be NULL. */
+void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel);
+/* SMALLM_OK, SMALLM_E_CANCELLED or what sm_ops_fail was told first. */
+int sm_ops_status(struct sm_ops *o);
+void sm_ops_fail(struct sm_ops *o, int status); /* any thread */
+
+/* Sources. */
+struct sm_source sm_source_rows(const float *x, size_t stride, size_t k);
+struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
+                                    size_t k, const float *weight, float eps);
+
+/* n tokens through every product. */
+void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
+                    const struct sm_product *products, size_t n_products);
+
+/* out = silu(gate) * up, of products gate and up of equal shape; out is [n][stride]. */
+void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
+                  const struct sm_product *up, float *out, size_t stride);
+
+/* run(context, item, scratch) for every item < n, in any order on any thread.  scratch:
+ * SM_SCRATCH_BYTES for kernels, followed by SM_LOCAL_FLOATS floats of the caller's. */
+#define SM_LOCAL_FLOATS ((size_t)SM_ATTEND_MAX * (3 * SM_HEAD_MAX + 4))
+typedef void sm_item_fn(void *context, size_t item, void *scratch, float *local);
+void sm_ops_each(struct sm_ops *o, size_t n, sm_item_fn *run, void *context);
+
+#endif

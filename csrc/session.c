@@ -1,0 +1,248 @@
+/* Sequences, and the turning of spans into batches. */
+#include "session.h"
+
+#include "cpu.h"
+#include "forward.h"
+
+/* A tile of ops.c holds at least one panel of every token. */
+#define MAX_BATCH 2048
+
+struct sm_session {
+    const struct sm_model *model;
+    struct sm_session_params params;
+    struct sm_cache cache;
+    struct sm_ops *ops;
+    struct sm_buffers buffers;
+    float *floats;              /* what buffers point into, but partial */
+    size_t n_float_bytes;
+    size_t cap_partial;         /* floats */
+    /* The batch's arrays, [n_batch] each. */
+    int32_t *tokens;
+    int *positions;
+    struct sm_seq **seqs;
+    struct sm_block *blocks;
+    size_t *wanted;
+    float **logits;
+};
+
+static int allocate(struct sm_session *s, smallm_error *err) {
+    const struct sm_hparams *h = &s->model->h;
+    size_t n = (size_t)s->params.n_batch, n_embd = (size_t)h->n_embd;
+    size_t q_size = (size_t)(h->n_head * h->head), kv_size = (size_t)(h->n_head_kv * h->head);
+    struct {
+        float **at;
+        size_t width;
+    } const parts[] = {
+        {&s->buffers.x, n_embd}, {&s->buffers.q, q_size}, {&s->buffers.k, kv_size},
+        {&s->buffers.v, kv_size}, {&s->buffers.h, (size_t)h->n_ff}, {&s->buffers.wanted, n_embd},
+        {&s->buffers.cos, (size_t)h->n_rot / 2}, {&s->buffers.sin, (size_t)h->n_rot / 2},
+    };
+    size_t all = 0;
+    for (size_t i = 0; i < SM_COUNT(parts); i++) all += sm_round_up(n * parts[i].width, SM_ALIGN);
+    s->n_float_bytes = all * sizeof(float);
+    s->floats = sm_alloc(s->n_float_bytes);
+    s->tokens = sm_calloc(n, sizeof s->tokens[0]);
+    s->positions = sm_calloc(n, sizeof s->positions[0]);
+    s->seqs = sm_calloc(n, sizeof s->seqs[0]);
+    s->blocks = sm_calloc(n, sizeof s->blocks[0]);
+    s->wanted = sm_calloc(n, sizeof s->wanted[0]);
+    s->logits = sm_calloc(n, sizeof s->logits[0]);
+    if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->seqs == NULL ||
+        s->blocks == NULL || s->wanted == NULL || s->logits == NULL)
+        return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
+    float *at = s->floats;
+    for (size_t i = 0; i < SM_COUNT(parts); i++) {
+        *parts[i].at = at;
+        at += sm_round_up(n * parts[i].width, SM_ALIGN);
+    }
+    size_t k_max = SM_MAX(SM_MAX(n_embd, q_size), (size_t)h->n_ff);
+    return sm_ops_new(s->params.n_threads, n, k_max, s->model->kernels, &s->ops, err);
+}
+
+int sm_session_new(const struct sm_model *model, const struct sm_session_params *params,
+                   struct sm_session **out, smallm_error *err) {
+    *out = NULL;
+    if (params->n_batch < 1 || params->n_batch > MAX_BATCH)
+        return sm_fail(err, SMALLM_E_ARGUMENT, "n_batch is %d; allowed are 1 to %d",
+                       params->n_batch, MAX_BATCH);
+    struct sm_session *s = sm_calloc(1, sizeof *s);
+    if (s == NULL) return sm_fail(err, SMALLM_E_MEMORY, "no memory for a session");
+    s->model = model;
+    s->params = *params;
+    int status = allocate(s, err);
+    if (status != SMALLM_OK) goto fail;
+    uint64_t scratch = sm_session_scratch_bytes(s), limit = params->memory_limit;
+    if (limit != 0 && limit <= scratch) {
+        status = sm_fail(err, SMALLM_E_BUDGET,
+                         "activations of %d tokens need %llu bytes; memory_limit is %llu",
+                         params->n_batch, (unsigned long long)scratch, (unsigned long long)limit);
+        goto fail;
+    }
+    status = sm_cache_init(&s->cache, &model->h, params->kv_type, limit == 0 ? 0 : limit - scratch, err);
+    if (status != SMALLM_OK) goto fail;
+    *out = s;
+    return SMALLM_OK;
+fail:
+    sm_session_free(s);
+    return status;
+}
+
+void sm_session_free(struct sm_session *s) {
+    if (s == NULL) return;
+    sm_cache_free(&s->cache);
+    sm_ops_free(s->ops);
+    sm_free(s->buffers.partial);
+    sm_free(s->floats);
+    sm_free(s->tokens);
+    sm_free(s->positions);
+    sm_free(s->seqs);
+    sm_free(s->blocks);
+    sm_free(s->wanted);
+    sm_free(s->logits);
+    sm_free(s);
+}
+
+/* ---- sequences --------------------------------------------------------------------------------------------- */
+
+int sm_seq_new(struct sm_session *s, struct sm_seq **out, smallm_error *err) {
+    (void)s;
+    *out = sm_calloc(1, sizeof **out);
+    return *out != NULL ? SMALLM_OK : sm_fail(err, SMALLM_E_MEMORY, "no memory for a sequence");
+}
+
+int sm_seq_fork(struct sm_session *s, const struct sm_seq *src, int n, struct sm_seq **out,
+                smallm_error *err) {
+    int status = sm_seq_new(s, out, err);
+    if (status != SMALLM_OK) return status;
+    if (n < 0 || n > src->n)
+        status = sm_fail(err, SMALLM_E_ARGUMENT, "fork at position %d; the sequence holds %d", n, src->n);
+    else
+        status = sm_cache_share(*out, src, n, err);
+    if (status != SMALLM_OK) {
+        sm_seq_free(s, *out);
+        *out = NULL;
+    }
+    return status;
+}
+
+void sm_seq_rewind(struct sm_session *s, struct sm_seq *seq, int n) {
+    sm_cache_truncate(&s->cache, seq, n);
+}
+
+int sm_seq_length(const struct sm_seq *seq) { return seq->n; }
+
+void sm_seq_free(struct sm_session *s, struct sm_seq *seq) {
+    if (seq == NULL) return;
+    sm_cache_truncate(&s->cache, seq, 0);
+    sm_free(seq->pages);
+    sm_free(seq);
+}
+
+/* ---- running ----------------------------------------------------------------------------------------------- */
+
+/* Judges the spans and reserves what the pass will write. */
+static int prepare(struct sm_session *s, const struct sm_span *spans, int n_spans, int *n_tokens,
+                   smallm_error *err) {
+    int n = 0;
+    for (int i = 0; i < n_spans; i++) {
+        const struct sm_span *span = &spans[i];
+        if (span->n < 1 || span->n > s->params.n_batch - n)
+            return sm_fail(err, SMALLM_E_ARGUMENT, "a pass of %d tokens; allowed are 1 to %d",
+                           n + span->n, s->params.n_batch);
+        n += span->n;
+        if (span->n > s->params.n_ctx - span->seq->n)
+            return sm_fail(err, SMALLM_E_CONTEXT, "%d tokens; the context holds %d",
+                           span->seq->n + span->n, s->params.n_ctx);
+        int status = sm_cache_reserve(&s->cache, span->seq, span->seq->n + span->n, err);
+        if (status != SMALLM_OK) return status;
+    }
+    *n_tokens = n;
+    return SMALLM_OK;
+}
+
+/* Room for the partial results of a decode pass (mixers/attention.c). */
+static int reserve_partial(struct sm_session *s, const struct sm_batch *batch, smallm_error *err) {
+    const struct sm_hparams *h = &s->model->h;
+    size_t n_chunks = 0;
+    for (size_t t = 0; t < batch->n; t++)
+        n_chunks = SM_MAX(n_chunks, (size_t)batch->positions[t] / SM_CHUNK + 1);
+    size_t need = (SM_FEW - 1) * (size_t)h->n_head * n_chunks * (size_t)(h->head + 2);
+    s->buffers.max_chunks = n_chunks;
+    if (need > s->cap_partial) { /* grows by doubling, so that decode hardly ever allocates */
+        size_t cap = SM_MAX(need, 2 * s->cap_partial);
+        float *partial = sm_alloc(cap * sizeof(float));
+        if (partial == NULL)
+            return sm_fail(err, SMALLM_E_MEMORY, "no memory for attention over %zu positions",
+                           n_chunks * SM_CHUNK);
+        sm_free(s->buffers.partial);
+        s->buffers.partial = partial;
+        s->cap_partial = cap;
+    }
+    return SMALLM_OK;
+}
+
+static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_spans,
+                       struct sm_batch *batch) {
+    const struct sm_hparams *h = &s->model->h;
+    size_t block_tokens = (size_t)(SM_ATTEND_MAX / (h->n_head / h->n_head_kv));
+    *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .seqs = s->seqs,
+                               .blocks = s->blocks, .wanted = s->wanted, .logits = s->logits,
+                               .alone = true};
+    for (int i = 0; i < n_spans; i++) {
+        const struct sm_span *span = &spans[i];
+        size_t n = (size_t)span->n;
+        if (n > 1) batch->alone = false;
+        for (size_t t = 0; t < n; t++) {
+            size_t at = batch->n + t;
+            s->tokens[at] = span->tokens[t];
+            s->positions[at] = span->seq->n + (int)t;
+            s->seqs[at] = span->seq;
+            if (span->want == SM_WANT_ALL || (span->want == SM_WANT_LAST && t + 1 == n)) {
+                size_t row = span->want == SM_WANT_ALL ? t : 0;
+                s->wanted[batch->n_wanted] = at;
+                s->logits[batch->n_wanted++] = span->logits + row * (size_t)h->n_vocab;
+            }
+        }
+        for (size_t t = 0; t < n; t += block_tokens)
+            s->blocks[batch->n_blocks++] =
+                (struct sm_block){.first = batch->n + t, .n = SM_MIN(block_tokens, n - t)};
+        batch->n += n;
+    }
+    if (batch->n >= SM_FEW) batch->alone = false;
+}
+
+int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_spans,
+                   const atomic_bool *cancel, smallm_error *err) {
+    int n_tokens;
+    int status = prepare(s, spans, n_spans, &n_tokens, err);
+    if (status != SMALLM_OK) return status;
+    struct sm_batch batch;
+    fill_batch(s, spans, n_spans, &batch);
+    if (batch.alone) {
+        status = reserve_partial(s, &batch, err);
+        if (status != SMALLM_OK) return status;
+    }
+    const struct sm_pass pass = {.model = s->model, .batch = &batch, .buffers = &s->buffers,
+                                 .cache = &s->cache, .ops = s->ops};
+    uint64_t fpenv = sm_fpenv_enter();
+    sm_ops_begin(s->ops, cancel);
+    sm_forward(&pass);
+    sm_fpenv_leave(fpenv);
+    status = sm_ops_status(s->ops);
+    switch (status) {
+    case SMALLM_OK: break;
+    case SMALLM_E_CANCELLED: return sm_fail(err, status, "cancelled");
+    case SMALLM_E_NUMERIC:
+        return sm_fail(err, status, "an activation became infinite or NaN: the weights or the cache "
+                                    "type cannot represent this text");
+    default: return sm_fail(err, status, "an embedding could not be read from the model's file");
+    }
+    for (int i = 0; i < n_spans; i++) spans[i].seq->n += spans[i].n;
+    return SMALLM_OK;
+}
+
+uint64_t sm_session_cache_bytes(const struct sm_session *s) { return s->cache.n_bytes; }
+
+uint64_t sm_session_scratch_bytes(const struct sm_session *s) {
+    return s->n_float_bytes + sm_ops_bytes(s->ops) + s->cap_partial * sizeof(float);
+}
