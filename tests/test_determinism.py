@@ -25,6 +25,7 @@ from smallm import _ffi
 
 ffi, lib = _ffi.ffi, _ffi.lib
 
+HERE = Path(__file__).parent  # children start here, where no source folder hides the package
 LONG = 600  # positions: three attention chunks, two full prefill chunks
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -225,7 +226,12 @@ json.dump({"isa": isa, "answers": answers}, sys.stdout)
 def run_python(code: str, *, isa: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "SMALLM_ISA": isa}
     return subprocess.run(
-        [sys.executable, "-c", code], input=stdin, env=env, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        input=stdin,
+        env=env,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -309,6 +315,7 @@ def test_threads_are_seen_in_the_process(models: Callable[[str], Path]) -> None:
         done = subprocess.run(
             [sys.executable, "-c", TASKS],
             input=json.dumps([str(models("F32")), n]),
+            cwd=HERE,
             capture_output=True,
             text=True,
         )

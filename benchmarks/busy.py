@@ -1,0 +1,103 @@
+"""Decode speed beside other busy processes, and what a loaded model costs while it does nothing.
+
+    python benchmarks/busy.py --peer-python ENV/bin/python
+
+As many busy processes as the machine lets this one use cores.  Quiet and busy runs alternate.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from common import (
+    Engine,
+    EngineError,
+    alternate,
+    arguments,
+    engines,
+    machine,
+    median,
+    model_path,
+    prompt,
+    ratios,
+    spread,
+    table,
+    write_json,
+)
+
+N_PROMPT, N_DECODE, IDLE_S = 16, 128, 5.0
+
+
+@contextmanager
+def busy(n: int) -> Iterator[None]:
+    """n processes that only count, for as long as the block lasts."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        time.sleep(0.3)  # until they count
+        yield
+    finally:
+        for p in processes:
+            p.kill()
+        for p in processes:
+            p.wait()
+
+
+def main() -> None:
+    parser = arguments(__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    path = model_path(options.model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_busy = cores or 1
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "model": path,
+        "threads": options.threads,
+        "busy_processes": n_busy,
+    }
+    rows = []
+    for name, python in engines(options).items():
+        with ExitStack() as stack:
+            engine = stack.enter_context(Engine(name, python))
+            ids = prompt(N_PROMPT, seed=1)
+
+            def rate(way: str, i: int, engine: Engine = engine, ids: list[int] = ids) -> float:
+                if way == "quiet":
+                    return 1 / engine.ask("decode", ids, N_DECODE)
+                with busy(n_busy):
+                    return 1 / engine.ask("decode", ids, N_DECODE)
+
+            try:
+                engine.ask("load", path, options.threads, 1024, False)
+                rates = alternate(["quiet", "busy"], options.repeats, rate)
+                time.sleep(1)
+                idle = engine.ask("idle", IDLE_S) / IDLE_S
+            except EngineError as error:
+                print(error, file=sys.stderr)
+                continue
+        kept = ratios(rates["busy"], rates["quiet"])
+        results[name] = {**rates, "kept": kept, "idle_cpu_share": idle}
+        rows.append(
+            [
+                name,
+                f"{median(rates['quiet']):.1f}",
+                f"{median(rates['busy']):.1f}",
+                spread(kept),
+                f"{100 * idle:.2f} %",
+            ]
+        )
+    print(f"{results['machine']['cpu']}, {options.threads} threads, {n_busy} busy processes")
+    print(table(["", "quiet tok/s", "busy tok/s", "kept", "CPU while idle"], rows))
+    write_json(options.json, results)
+    if "smallm" not in results:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

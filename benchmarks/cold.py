@@ -1,0 +1,115 @@
+"""Cold start: import, load, first token; and peak memory, beside llama-cpp-python.
+
+    python benchmarks/cold.py --peer-python ENV/bin/python
+
+Every measurement is a new process.  Times are taken inside it, from just before the import;
+the file is in the page cache.  Run it from a plain virtual environment.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from common import (
+    PEER,
+    EngineError,
+    alternate,
+    arguments,
+    engines,
+    machine,
+    median,
+    model_path,
+    ratios,
+    spread,
+    table,
+    write_json,
+)
+
+IMPORT = "import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+
+# Peak resident memory of this process image: ru_maxrss would count the parent's.
+PEAK = """
+import json
+seconds = time.perf_counter() - start
+peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+print(json.dumps([seconds, peak / 1024]))
+"""
+
+FIRST_TOKEN = {
+    "smallm": """
+import sys, time
+start = time.perf_counter()
+import smallm
+model = smallm.load(sys.argv[1], threads=int(sys.argv[2]))
+model.generate("The capital of France is", max_tokens=1, temperature=0)
+"""
+    + PEAK,
+    PEER: """
+import sys, time
+start = time.perf_counter()
+import llama_cpp
+n = int(sys.argv[2])
+model = llama_cpp.Llama(sys.argv[1], n_threads=n, n_threads_batch=n, flash_attn=True,
+                        verbose=False)
+model.create_completion("The capital of France is", max_tokens=1, temperature=0)
+"""
+    + PEAK,
+}
+
+
+def run(python: str, code: str, *argv: str) -> str:
+    done = subprocess.run([python, "-c", code, *argv], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise EngineError(f"{python} ended with status {done.returncode}: {done.stderr[-600:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def main() -> None:
+    parser = arguments(__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=10)
+    options = parser.parse_args()
+    path = model_path(options.model)
+    pythons = engines(options)
+    modules = {"smallm": "smallm", PEER: "llama_cpp"}
+    results: dict[str, Any] = {"machine": machine(), "model": path, "threads": options.threads}
+
+    def import_time(name: str, i: int) -> float:
+        return 1000 * float(run(pythons[name], IMPORT.format(module=modules[name])))
+
+    peaks: dict[str, list[float]] = {name: [] for name in pythons}
+
+    def first_token(name: str, i: int) -> float:
+        seconds, peak = json.loads(
+            run(pythons[name], FIRST_TOKEN[name], path, str(options.threads))
+        )
+        peaks[name].append(peak)
+        return seconds
+
+    names = list(pythons)
+    results["import_ms"] = alternate(names, options.repeats, import_time)
+    results["first_token_s"] = alternate(names, options.repeats, first_token)
+    results["peak_mb"] = peaks
+
+    print(
+        f"{results['machine']['cpu']}, {options.threads} threads, {options.repeats} processes each"
+    )
+    rows = []
+    for key, label in (
+        ("import_ms", "import (ms)"),
+        ("first_token_s", "import, load, first token (s)"),
+        ("peak_mb", "peak memory (MB)"),
+    ):
+        ours, theirs = results[key]["smallm"], results[key].get(PEER, [])
+        quotient = spread(ratios(ours, theirs))
+        rows.append([label, f"{median(ours):.3f}", f"{median(theirs):.3f}", quotient])
+    print(table(["", "smallm", PEER, "smallm / peer"], rows))
+    write_json(options.json, results)
+    if not results["first_token_s"]["smallm"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

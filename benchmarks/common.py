@@ -1,0 +1,181 @@
+"""What the benchmarks share: engines in processes of their own, alternating runs, tables, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PEER = "llama-cpp-python"
+
+
+class EngineError(RuntimeError):
+    """An engine refused a request, or its process ended."""
+
+
+class Engine:
+    """An engine in a child process: a crash is an EngineError here."""
+
+    def __init__(self, name: str, python: str) -> None:
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self.process = subprocess.Popen(
+            [python, str(HERE / "worker.py"), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def ask(self, do: str, *arguments: Any) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, "with": arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self.process.wait()
+            self.log.seek(0)
+            tail = self.log.read()[-600:].strip()
+            raise EngineError(f"{self.name} ended with status {status} in {do}: {tail}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(f"{self.name}: {answer['error']}")
+        return answer["ok"]
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", help="GGUF file (default: smallm's default model)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--peer-python", help=f"interpreter of an environment that holds {PEER} (default: no peer)"
+    )
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    return parser
+
+
+def model_path(given: str | None) -> str:
+    if given is not None:
+        return str(Path(given).resolve())
+    import smallm
+
+    with smallm.load() as model:  # fetches it where it is not there yet
+        return str(model.info.path)
+
+
+def engines(options: argparse.Namespace) -> dict[str, str]:
+    """Names of the engines to run -> their interpreters."""
+    named = {"smallm": sys.executable}
+    if options.peer_python:
+        named[PEER] = options.peer_python
+    return named
+
+
+def prompt(n: int, seed: int, n_vocab: int = 40000) -> list[int]:
+    """n token ids that every engine gets alike; another seed is another prompt from its start on,
+    so that no engine can answer from a cache of an earlier one."""
+    source = random.Random(seed)
+    return [source.randrange(1000, n_vocab) for _ in range(n)]
+
+
+def alternate(
+    names: Sequence[str], repeats: int, measure: Callable[[str, int], float]
+) -> dict[str, list[float]]:
+    """measure(name, round) for a, b, a, b, ...; a name whose measurement fails drops out with a
+    line on stderr.  The first round warms up and is not kept."""
+    results: dict[str, list[float]] = {name: [] for name in names}
+    running = list(names)
+    for i in range(repeats + 1):
+        for name in list(running):
+            try:
+                value = measure(name, i)
+            except EngineError as error:
+                print(f"  {error}", file=sys.stderr)
+                running.remove(name)
+                results[name] = []
+                continue
+            if i > 0:
+                results[name].append(value)
+    return results
+
+
+def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """a / b pair by pair: neighbours in time, so that a drift of the machine cancels."""
+    return [x / y for x, y in zip(a, b, strict=False)]
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def spread(values: Sequence[float]) -> str:
+    """ "1.52 (1.49 to 1.57)": median and range."""
+    if not values:
+        return "-"
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on besides the software."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": name,
+        "logical_cpus": os.cpu_count(),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be, the first to the left."""
+    lines = [list(head), *(list(r) for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    out = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+        out.append("  ".join(cells).rstrip())
+    out.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(out)
+
+
+def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=2) + "\n")
