@@ -61,7 +61,7 @@ int sm_cache_reserve(struct sm_cache *c, struct sm_seq *seq, int n, smallm_error
     for (size_t i = first; i < last; i++) {
         struct sm_page *old = i < seq->n_pages ? seq->pages[i] : NULL;
         if (old != NULL && old->n_owners == 1) continue;
-        struct sm_page *page;
+        struct sm_page *page = NULL;
         int status = take_page(c, &page, err);
         if (status != SMALLM_OK) return status;
         if (old != NULL) {
