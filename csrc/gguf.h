@@ -38,6 +38,10 @@ struct sm_tensor_info {
  * SMALLM_E_NOT_FOUND, _IO, _CORRUPT (what, where, value, limit), _UNSUPPORTED (version 1, big
  * endian), _MEMORY. */
 int sm_gguf_open(const char *path, struct sm_gguf **out, smallm_error *err);
+#ifdef SMALLM_TEST_ALLOC
+/* Test builds only: the file is bytes[n], which the caller keeps alive. */
+int sm_gguf_open_memory(const void *bytes, size_t n, struct sm_gguf **out, smallm_error *err);
+#endif
 void sm_gguf_close(struct sm_gguf *g); /* NULL allowed */
 
 const char *sm_gguf_path(const struct sm_gguf *g);
