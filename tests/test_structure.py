@@ -1,0 +1,112 @@
+"""The house's rules that a machine can hold: who may include whom, and what the core may not do."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+
+# A module is a header's stem, or its folder for quants and kernels.  Each may include what stands
+# here, and base, os-independent helpers and itself.
+GROUND = {"base", "smallm"}
+MAY_INCLUDE = {
+    "base": set(),
+    "mem": {"os"},
+    "os": set(),
+    "os_posix": {"os"},
+    "os_windows": {"os"},
+    "f16": set(),
+    "fma": set(),
+    "mathx": set(),
+    "cpu": {"os", "threads"},
+    "threads": {"os", "cpu"},
+    "quants": {"f16"},
+    "kernels": {"quants", "f16", "fma", "cpu", "os"},
+    "gguf": {"os", "quants"},
+    "unicode": set(),
+    "pretok": {"unicode"},
+    "tokenizer": {"gguf", "unicode", "pretok"},
+    "arch": {"gguf", "kernels"},
+    "model": {"tensors", "arch", "gguf", "kernels", "quants", "tokenizer", "threads", "cpu", "os", "mathx"},
+    "cache": {"arch", "kernels"},
+    "ops": {"model", "threads", "kernels"},
+    "forward": {"cache", "model", "ops", "mathx"},
+    "mixers": {"forward"},
+    "session": {"model", "forward", "cache", "cpu"},
+    "sampler": {"mathx"},
+    "engine": {"session", "sampler", "model", "tokenizer", "cpu", "os", "threads"},
+    "api": {"engine", "model", "kernels", "cpu", "os"},
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(CSRC).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def included_modules(path: Path) -> set[str]:
+    found = set()
+    for name in re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.M):
+        if name == "smallm.h":
+            found.add("smallm")
+            continue
+        target = (path.parent / name).resolve()
+        assert target.exists(), f"{path}: includes {name}, which does not exist"
+        found.add(module_of(target))
+    return found
+
+
+SOURCES = sorted([*CSRC.rglob("*.c"), *CSRC.rglob("*.h")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_includes_go_down_only(path: Path) -> None:
+    module = module_of(path)
+    assert module in MAY_INCLUDE, f"{module} is not in the table of this test"
+    extra = included_modules(path) - MAY_INCLUDE[module] - GROUND - {module}
+    assert not extra, f"{path.name} ({module}) may not include {sorted(extra)}"
+
+
+def code_of(path: Path) -> str:
+    """The file without comments and string literals."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", path.read_text(encoding="utf-8"), flags=re.S)
+    return re.sub(r'"(\\.|[^"\\\n])*"', '""', text)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_the_library_does_not_exit_or_print(path: Path) -> None:
+    forbidden = r"\b(abort|exit|_Exit|assert|printf|fprintf|puts|perror|setjmp|longjmp)\s*\("
+    assert re.findall(forbidden, code_of(path)) == []
+
+
+def test_architecture_names_stand_in_one_file() -> None:
+    rows = re.findall(r'\{\.name = "(\w+)"', (CSRC / "arch.c").read_text(encoding="utf-8"))
+    assert "llama" in rows
+    # "llama" is also the name of a tokenizer model (SentencePiece) and of a pre-tokenizer family.
+    names = [name for name in rows if name != "llama"]
+    for path in SOURCES:
+        if path.name != "arch.c":
+            text = re.sub(r"/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.S)
+            assert not [name for name in names if f'"{name}"' in text], path
+    for path in (CSRC / "forward.c", CSRC / "mixers" / "attention.c", CSRC / "session.c"):
+        assert "llama" not in path.read_text(encoding="utf-8")
+
+
+def test_forward_knows_no_threads_isas_or_formats() -> None:
+    code = code_of(CSRC / "forward.c")
+    assert re.findall(r"\b(thread\w*|avx\w*|SM_TYPE_\w+|SM_ACT_\w+)\b", code) == []
+    assert len((CSRC / "forward.c").read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_mutable_globals_are_the_known_ones() -> None:
+    """Static or file-scope variables that are not const, outside test-only code."""
+    allowed = {"built", "state", "known"}  # dispatch.c's table, cpu.c's detected features
+    found = set()
+    for path in SOURCES:
+        code = re.sub(r"#ifdef SMALLM_TEST_ALLOC.*?#endif", " ", code_of(path), flags=re.S)
+        for line in re.findall(r"^\s*static\s+([^;{()=]+?)(?:=|;|\[)", code, re.M):
+            if "const" not in line.split() and "inline" not in line.split():
+                found.add(line.split()[-1].strip("*"))
+    assert found <= allowed, found - allowed
