@@ -1,0 +1,100 @@
+/* Quantizing activations on vectors of 16.
+ *
+ * |x| <= amax makes |x * (127 / amax)| at most 127 (1 + 2^-24)^2, which rounds to 127: the contract's
+ * clamp has nothing to do. */
+#include <immintrin.h>
+
+#include "../tier.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* x[i .. i + 16), zeros from n on. */
+INLINE __m512 load(const float *x, size_t i, size_t n) {
+    if (i + 16 <= n) return _mm512_loadu_ps(x + i);
+    if (i >= n) return _mm512_setzero_ps();
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << (n - i)) - 1), x + i);
+}
+
+/* |x| as bits, which order like the values. */
+INLINE __m512i abs_bits(__m512 x) {
+    return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+
+/* The scale from the bits of amax; *id is what values are multiplied by. */
+INLINE float scale(int32_t bits, float *id) {
+    float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+    bool tiny = amax < 0x1p-100f;
+    *id = tiny ? 0.0f : 127.0f / amax;
+    return tiny ? 0.0f : amax / 127.0f;
+}
+
+INLINE __m128i quantize(__m512 x, __m512 id) {
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, id)));
+}
+
+bool SM_NAME(sm_prepare_f32)(struct sm_acts *a, size_t row, const float *x) {
+    float *out = a->f + row * a->k_pad;
+    __m512i max = _mm512_setzero_si512();
+    for (size_t i = 0; i < a->k_pad; i += 16) {
+        __m512 v = load(x, i, a->k);
+        max = _mm512_max_epi32(max, abs_bits(v));
+        _mm512_storeu_ps(out + i, v);
+    }
+    return _mm512_reduce_max_epi32(max) < 0x7f800000;
+}
+
+bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
+    size_t n_blocks = a->k_pad / 32, at = row * n_blocks;
+    int8_t *q = a->q + row * a->k_pad;
+    int32_t largest = 0;
+    for (size_t b = 0; b < n_blocks; b++) {
+        __m512 lo = load(x, 32 * b, a->k), hi = load(x, 32 * b + 16, a->k);
+        int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(abs_bits(lo), abs_bits(hi)));
+        largest = SM_MAX(largest, bits);
+        float id, d = scale(bits, &id);
+        __m512 ids = _mm512_set1_ps(id);
+        __m256i codes = _mm256_set_m128i(quantize(hi, ids), quantize(lo, ids));
+        _mm256_storeu_si256((__m256i *)(q + 32 * b), codes);
+        __m256i sums = _mm256_sad_epu8(_mm256_xor_si256(codes, _mm256_set1_epi8(-128)),
+                                       _mm256_setzero_si256());
+        __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        int32_t sum = _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2) - 32 * 128;
+        a->d[at + b] = d;
+        a->sum[at + b] = sum;
+        a->s[at + b] = d * (float)sum;
+    }
+    return largest < 0x7f800000;
+}
+
+/* Sums of 16 codes each, of 256. */
+INLINE __m512i sums16(const int8_t *q) {
+    const __m512i ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
+    __m512i v[4]; /* [vector][group in it][4 partial sums] */
+    for (int i = 0; i < 4; i++) v[i] = _mm512_dpbusd_epi32(none, ones, _mm512_loadu_si512(q + 64 * i));
+    __m512i v01 = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    __m512i v23 = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    __m512i sums = /* [group][vector] */
+        _mm512_add_epi32(_mm512_unpacklo_epi64(v01, v23), _mm512_unpackhi_epi64(v01, v23));
+    return _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
+}
+
+bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
+    size_t n_blocks = a->k_pad / 256;
+    int32_t largest = 0;
+    for (size_t b = 0; b < n_blocks; b++) {
+        int8_t *q = a->q + row * a->k_pad + 256 * b;
+        __m512i max = _mm512_setzero_si512();
+        for (size_t i = 0; i < 256; i += 16)
+            max = _mm512_max_epi32(max, abs_bits(load(x, 256 * b + i, a->k)));
+        int32_t bits = _mm512_reduce_max_epi32(max);
+        largest = SM_MAX(largest, bits);
+        float id;
+        a->d[row * n_blocks + b] = scale(bits, &id);
+        __m512 ids = _mm512_set1_ps(id);
+        for (size_t i = 0; i < 256; i += 16)
+            _mm_storeu_si128((__m128i *)(q + i), quantize(load(x, 256 * b + i, a->k), ids));
+        _mm512_storeu_si512(a->sum + row * (a->k_pad / 16) + 16 * b, sums16(q));
+    }
+    return largest < 0x7f800000;
+}
