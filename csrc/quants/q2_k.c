@@ -9,16 +9,16 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 84, "as in quants.def");
 
-void sm_dequantize_q2_k(const void *blocks, float *out, size_t n_blocks) {
-    const struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, out += 256) {
-        float d = sm_f16_at(b->d), dmin = sm_f16_at(b->dmin);
-        for (int j = 0; j < 256; j++) {
-            uint8_t s = b->scales[j / 16];
-            int code = b->codes[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
-            out[j] = d * (float)(s & 15) * (float)code - dmin * (float)(s >> 4);
-        }
+void sm_codes_q2_k(const void *block, struct sm_codes *c) {
+    const struct block *b = block;
+    c->d = sm_f16_at(b->d);
+    c->m = sm_f16_at(b->dmin);
+    for (int s = 0; s < 16; s++) {
+        c->scale[s] = b->scales[s] & 15;
+        c->min[s] = b->scales[s] >> 4;
     }
+    for (int j = 0; j < 256; j++)
+        c->code[j] = b->codes[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
 }
 
 size_t sm_find_nonfinite_q2_k(const void *blocks, size_t n_blocks) {

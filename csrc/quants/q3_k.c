@@ -10,20 +10,19 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 110, "as in quants.def");
 
-void sm_dequantize_q3_k(const void *blocks, float *out, size_t n_blocks) {
-    const struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, out += 256) {
-        float d = sm_f16_at(b->d), scaled[16];
-        for (int j = 0; j < 16; j++) {
-            int low = b->scales[j % 8] >> (j / 8 * 4) & 15;
-            int top = b->scales[8 + j % 4] >> (j / 4 * 2) & 3;
-            scaled[j] = d * (float)((low | top << 4) - 32);
-        }
-        for (int j = 0; j < 256; j++) {
-            int code = b->codes[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
-            code |= (b->high[j % 32] >> (j / 32) & 1) << 2;
-            out[j] = scaled[j / 16] * (float)(code - 4);
-        }
+void sm_codes_q3_k(const void *block, struct sm_codes *c) {
+    const struct block *b = block;
+    c->d = sm_f16_at(b->d);
+    c->m = 0;
+    for (int s = 0; s < 16; s++) {
+        int low = b->scales[s % 8] >> (s / 8 * 4) & 15;
+        int top = b->scales[8 + s % 4] >> (s / 4 * 2) & 3;
+        c->scale[s] = (int16_t)((low | top << 4) - 32);
+        c->min[s] = 0;
+    }
+    for (int j = 0; j < 256; j++) {
+        int low = b->codes[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
+        c->code[j] = (uint8_t)(low | (b->high[j % 32] >> (j / 32) & 1) << 2);
     }
 }
 

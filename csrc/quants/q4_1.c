@@ -7,14 +7,12 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 20, "as in quants.def");
 
-void sm_dequantize_q4_1(const void *blocks, float *out, size_t n_blocks) {
-    const struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, out += 32) {
-        float d = sm_f16_at(b->d), m = sm_f16_at(b->m);
-        for (int j = 0; j < 16; j++) {
-            out[j] = d * (float)(b->codes[j] & 15) + m;
-            out[j + 16] = d * (float)(b->codes[j] >> 4) + m;
-        }
+void sm_codes_q4_1(const void *block, struct sm_codes *c) {
+    const struct block *b = block;
+    sm_codes_begin(c, sm_f16_at(b->d), -sm_f16_at(b->m)); /* m is added */
+    for (int j = 0; j < 16; j++) {
+        c->code[j] = b->codes[j] & 15;
+        c->code[j + 16] = b->codes[j] >> 4;
     }
 }
 

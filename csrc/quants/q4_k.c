@@ -4,25 +4,18 @@
 
 struct block {
     uint8_t d[2], dmin[2]; /* float16 */
-    uint8_t scales[12];    /* see sm_scale_min */
+    uint8_t scales[12];    /* see sm_scales_mins */
     uint8_t codes[128];    /* byte 32 s + j: code j of sub-block 2 s, and of 2 s + 1 above */
 };
 _Static_assert(sizeof(struct block) == 144, "as in quants.def");
 
-void sm_dequantize_q4_k(const void *blocks, float *out, size_t n_blocks) {
-    const struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, out += 256) {
-        float d = sm_f16_at(b->d), dmin = sm_f16_at(b->dmin);
-        for (int s = 0; s < 8; s++) {
-            int scale, min;
-            sm_scale_min(b->scales, s, &scale, &min);
-            float scaled = d * (float)scale, least = dmin * (float)min;
-            for (int j = 0; j < 32; j++) {
-                int code = b->codes[s / 2 * 32 + j] >> (s % 2 * 4) & 15;
-                out[32 * s + j] = scaled * (float)code - least;
-            }
-        }
-    }
+void sm_codes_q4_k(const void *block, struct sm_codes *c) {
+    const struct block *b = block;
+    c->d = sm_f16_at(b->d);
+    c->m = sm_f16_at(b->dmin);
+    sm_scales_mins(b->scales, c);
+    for (int j = 0; j < 256; j++)
+        c->code[j] = b->codes[j / 64 * 32 + j % 32] >> (j / 32 % 2 * 4) & 15;
 }
 
 size_t sm_find_nonfinite_q4_k(const void *blocks, size_t n_blocks) {

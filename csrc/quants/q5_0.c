@@ -8,17 +8,13 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 22, "as in quants.def");
 
-void sm_dequantize_q5_0(const void *blocks, float *out, size_t n_blocks) {
-    const struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, out += 32) {
-        float d = sm_f16_at(b->d);
-        uint32_t high = (uint32_t)sm_u16_at(b->high) | (uint32_t)sm_u16_at(b->high + 2) << 16;
-        for (int j = 0; j < 16; j++) {
-            int low_half = (b->codes[j] & 15) | (int)(high >> j & 1) << 4;
-            int high_half = b->codes[j] >> 4 | (int)(high >> (j + 16) & 1) << 4;
-            out[j] = d * (float)(low_half - 16);
-            out[j + 16] = d * (float)(high_half - 16);
-        }
+void sm_codes_q5_0(const void *block, struct sm_codes *c) {
+    const struct block *b = block;
+    sm_codes_begin(c, sm_f16_at(b->d), 0);
+    uint32_t high = (uint32_t)sm_u16_at(b->high) | (uint32_t)sm_u16_at(b->high + 2) << 16;
+    for (int j = 0; j < 16; j++) {
+        c->code[j] = (uint8_t)((b->codes[j] & 15) | (high >> j & 1) << 4);
+        c->code[j + 16] = (uint8_t)(b->codes[j] >> 4 | (high >> (j + 16) & 1) << 4);
     }
 }
 

@@ -10,15 +10,18 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 210, "as in quants.def");
 
-void sm_dequantize_q6_k(const void *blocks, float *out, size_t n_blocks) {
-    const struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, out += 256) {
-        float d = sm_f16_at(b->d);
-        for (int j = 0; j < 256; j++) {
-            int code = b->low[j / 128 * 64 + j % 64] >> (j / 64 % 2 * 4) & 15;
-            code |= (b->high[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3) << 4;
-            out[j] = d * (float)b->scales[j / 16] * (float)(code - 32);
-        }
+void sm_codes_q6_k(const void *block, struct sm_codes *c) {
+    const struct block *b = block;
+    c->d = sm_f16_at(b->d);
+    c->m = 0;
+    for (int s = 0; s < 16; s++) {
+        c->scale[s] = b->scales[s];
+        c->min[s] = 0;
+    }
+    for (int j = 0; j < 256; j++) {
+        int low = b->low[j / 128 * 64 + j % 64] >> (j / 64 % 2 * 4) & 15;
+        int top = b->high[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
+        c->code[j] = (uint8_t)(low | top << 4);
     }
 }
 

@@ -1,6 +1,29 @@
 /* The table of weight formats, and the names of all types a GGUF file may hold. */
 #include "quants.h"
 
+/* The rule of struct sm_codes; sm_dequantize_NAME is it with the numbers of codes.def. */
+static inline void dequantize(const uint8_t *blocks, float *out, size_t n_blocks, size_t bytes,
+                              size_t block, size_t sub, int bias,
+                              void (*decode)(const void *, struct sm_codes *)) {
+    for (size_t i = 0; i < n_blocks; i++, blocks += bytes, out += block) {
+        struct sm_codes c;
+        decode(blocks, &c);
+        for (size_t s = 0; s < block / sub; s++) {
+            float scaled = c.d * (float)c.scale[s], least = c.m * (float)c.min[s];
+            for (size_t j = s * sub; j < (s + 1) * sub; j++)
+                out[j] = scaled * (float)(c.code[j] - bias) - least;
+        }
+    }
+}
+
+#define SM_CODES(NAME, name, block, sub, group, mins, scales, low, high, bias)                     \
+    void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks) {                   \
+        dequantize(blocks, out, n_blocks, sm_quants[SM_TYPE_##NAME].block_bytes, block, sub, bias, \
+                   sm_codes_##name);                                                               \
+    }
+#include "codes.def"
+#undef SM_CODES
+
 const struct sm_quant sm_quants[SM_TYPE_COUNT] = {
 #define SM_QUANT(NAME, id, name, n, bytes, act) \
     {#NAME, id, n, bytes, SM_ACT_##act, sm_dequantize_##name, sm_find_nonfinite_##name},

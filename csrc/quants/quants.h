@@ -43,6 +43,18 @@ static inline size_t sm_row_bytes(enum sm_type t, size_t k) {
     return k / sm_quants[t].block_size * sm_quants[t].block_bytes;
 }
 
+/* One block of an integer format in integers (codes.def): value c of sub-block s is
+ * (d * scale[s]) * (code[c] - bias) - (m * min[s]), each operation rounded to float. */
+struct sm_codes {
+    float d, m;
+    int16_t scale[16], min[16]; /* [block / sub] */
+    uint8_t code[256];          /* [block] */
+};
+
+#define SM_CODES(NAME, name, ...) void sm_codes_##name(const void *block, struct sm_codes *c);
+#include "codes.def"
+#undef SM_CODES
+
 #define SM_QUANT(NAME, id, name, n, bytes, act)                                  \
     void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks);  \
     size_t sm_find_nonfinite_##name(const void *blocks, size_t n_blocks);
