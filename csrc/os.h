@@ -43,11 +43,11 @@ void sm_lock_leave(struct sm_lock *l);
 void sm_lock_wait(struct sm_lock *l, int64_t timeout_ns);
 void sm_lock_wake_all(struct sm_lock *l);
 
-/* A word that threads sleep on while it keeps a value (Linux futex, Windows WaitOnAddress, else a
- * mutex and condition).  Spurious wake-ups are allowed. */
+/* A word that threads sleep on while it keeps a value (a futex on Linux, else a mutex and condition:
+ * gate.c).  Spurious wake-ups are allowed. */
 struct sm_gate {
     _Atomic uint32_t value;
-    void *impl; /* NULL where the system waits on addresses */
+    void *impl; /* NULL on Linux */
 };
 int sm_gate_init(struct sm_gate *g, smallm_error *err);
 void sm_gate_destroy(struct sm_gate *g);
