@@ -1,7 +1,7 @@
 /* Pre-tokenizers: how byte-level BPE cuts text into pieces that no merge crosses.
  *
  * One row per name in tokenizer.ggml.pre.  Each is a sequence of splitting steps, and each step is
- * a hand-written scanner that decides as the model's own regular expression does, in linear time. */
+ * a hand-written scanner that decides as the model's own expression does, in linear time. */
 #ifndef SM_PRETOK_H
 #define SM_PRETOK_H
 
