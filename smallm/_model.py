@@ -1,0 +1,605 @@
+"""Model: a loaded file and its engine; and the module-level functions that keep one loaded."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+from . import _chat
+from ._binding import CData, check, ffi, lib, new, text
+from ._errors import (
+    ClosedError,
+    ContextOverflowError,
+    CorruptModelError,
+    MemoryBudgetError,
+    SmallmError,
+    TemplateError,
+)
+from ._generate import (
+    AsyncStream,
+    Completion,
+    Defaults,
+    Options,
+    Stream,
+    finish,
+    integer,
+    submit,
+    token_ids,
+    utf8,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Self, Unpack
+
+    from ._catalog import Progress
+    from ._generate import Params
+    from ._template import ChatTemplate
+
+Prompt = str | Sequence[int]
+Messages = str | Sequence[Mapping[str, Any]]
+
+_KV = {"f16": lib.SMALLM_KV_F16, "f32": lib.SMALLM_KV_F32}
+
+
+class ModelInfo(NamedTuple):
+    """Facts about a loaded model; sizes in bytes."""
+
+    path: str
+    name: str  #: the file's own name for itself, or ""
+    license: str  #: as the file states it, or ""
+    architecture: str
+    parameters: int
+    formats: str  #: weight formats by bytes, e.g. "Q4_1 69 %, Q8_0 31 %"
+    context: int  #: tokens a prompt and its answer may have together
+    trained_context: int
+    vocabulary: int
+    layers: int
+    embedding: int  #: width of the residual stream
+    heads: int
+    kv_heads: int
+    feed_forward: int
+    tokenizer: str  #: "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE)
+    bytes: int  #: weights in memory
+    file_bytes: int  #: weights in the file
+    token_bytes: int  #: weights read to decode one token
+    cache_bytes: int  #: KV cache allocated so far
+    scratch_bytes: int
+    kv: str  #: type of the KV cache
+    isa: str  #: tier of the kernels in use
+    threads: int
+    forward_passes: int  #: run so far
+    forward_tokens: int  #: that those passes held
+    running: int  #: requests running or waiting
+
+
+class _Handles:
+    """The C objects; the engine is closed before the model it runs is freed."""
+
+    __slots__ = ("engine", "model")
+
+    def __init__(self, model: CData, engine: CData) -> None:
+        def close(engine: CData, model: CData = model) -> None:
+            lib.smallm_engine_close(engine)
+
+        self.model = model
+        self.engine = ffi.gc(engine, close)
+
+
+class Model:
+    """A loaded model; made by load().  Any thread may call any method; calls made together are
+    batched.  Close it with close() or `with`; after fork() the child has to load its own.
+
+    Errors of every method: ClosedError after close(), SmallmError in a forked child, TypeError and
+    ValueError for arguments of a wrong type or value.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ctx: int | None = None,
+        threads: int | None = None,
+        kv: str = "f16",
+        memory_limit: int | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        self._handles: _Handles | None = None
+        self._pid = os.getpid()
+        self._path = os.fspath(path)
+        self._lock = threading.Lock()
+        self._chat_template: ChatTemplate | None = None
+        n_threads = 0 if threads is None else integer("threads", threads, 1, 256)
+        n_ctx = 0 if ctx is None else integer("ctx", ctx, 1, 2**31 - 1)
+        limit = 0 if memory_limit is None else integer("memory_limit", memory_limit, 1, 2**63 - 1)
+        if kv not in _KV:
+            raise ValueError(f"kv must be one of {', '.join(_KV)}, not {kv!r}")
+
+        error, params = new("error"), new("model_params")
+        params.n_threads, params.memory_limit = n_threads, limit
+        out = ffi.new("smallm_model **")
+        name = os.fsencode(self._path)
+        if b"\0" in name:
+            raise ValueError("the path holds a NUL character")
+        model = None
+        try:
+            check(lib.smallm_model_open(name, params, out, error), error)
+            model = ffi.gc(out[0], lib.smallm_model_free)
+        finally:
+            if model is None and out[0]:
+                lib.smallm_model_free(out[0])
+        info = new("model_info")
+        check(lib.smallm_model_get_info(model, info, error), error)
+        self._info = info
+        self._metadata = _metadata(model)
+
+        settings = new("engine_params")
+        settings.n_threads, settings.n_ctx, settings.kv_type = n_threads, n_ctx, _KV[kv]
+        if limit:
+            if info.n_packed_bytes >= limit:
+                raise MemoryBudgetError(
+                    f"{self._path}: the weights take {info.n_packed_bytes} bytes, which leaves "
+                    f"nothing of memory_limit={limit} to run them"
+                )
+            settings.memory_limit = limit - info.n_packed_bytes
+        box = ffi.new("smallm_engine **")
+        try:
+            check(lib.smallm_engine_open(model, settings, box, error), error)
+            self._handles = _Handles(model, box[0])
+        finally:
+            if self._handles is None and box[0]:
+                lib.smallm_engine_close(box[0])
+        self._kv = kv
+        self._defaults = Defaults.of(self._metadata)
+        self._ctx: int = self._engine_info().n_ctx
+        self._vocabulary: int = info.n_vocab
+        self._bos_added: int | None = info.bos if info.add_bos and info.bos >= 0 else None
+        self._load_s = time.perf_counter() - started
+
+    # ---- life ----
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "" if self._handles else ", closed"
+        return f"<smallm.Model {os.path.basename(self._path)}{state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Model cannot be pickled: load it in the process that uses it")
+
+    def close(self) -> None:
+        """Ends what runs, which raises ClosedError there, and frees the memory."""
+        self._handles = None
+
+    def _in_process(self) -> bool:
+        return self._pid == os.getpid()
+
+    def _check_process(self) -> None:
+        if not self._in_process():
+            raise SmallmError(
+                "this model was loaded before fork() and does not work in the child process: "
+                "call smallm.load() in the child, and pass that model on"
+            )
+
+    def _live(self) -> _Handles:
+        """The handles, not to be kept in a local: that would put off close()."""
+        self._check_process()
+        handles = self._handles
+        if handles is None:
+            raise ClosedError("the model is closed: load it again")
+        return handles
+
+    # ---- facts ----
+
+    def _engine_info(self) -> CData:
+        out, error = new("engine_info"), new("error")
+        check(lib.smallm_engine_get_info(self._live().engine, out, error), error)
+        return out
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model, its memory and what it has run so far."""
+        engine, model, cpu, error = self._engine_info(), self._info, new("cpu_info"), new("error")
+        check(lib.smallm_cpu(cpu, error), error)
+        return ModelInfo(
+            path=self._path,
+            name=self._metadata.get("general.name", ""),
+            license=self._metadata.get("general.license", ""),
+            architecture=text(model.architecture),
+            parameters=model.n_params,
+            formats=text(model.formats),
+            context=engine.n_ctx,
+            trained_context=model.n_ctx_train,
+            vocabulary=model.n_vocab,
+            layers=model.n_layer,
+            embedding=model.n_embd,
+            heads=model.n_head,
+            kv_heads=model.n_head_kv,
+            feed_forward=model.n_ff,
+            tokenizer=text(model.tokenizer),
+            bytes=model.n_packed_bytes,
+            file_bytes=model.n_file_bytes,
+            token_bytes=model.n_token_bytes,
+            cache_bytes=engine.n_cache_bytes,
+            scratch_bytes=engine.n_scratch_bytes,
+            kv=self._kv,
+            isa=text(cpu.isa),
+            threads=engine.n_threads,
+            forward_passes=engine.n_forward,
+            forward_tokens=engine.n_tokens,
+            running=engine.n_running,
+        )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's scalar metadata as text, by key; a copy."""
+        self._live()
+        return dict(self._metadata)
+
+    # ---- text and tokens ----
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of `text`.
+
+        add_special: add the begin / end tokens that the model asks for.
+        parse_special: "<|im_start|>" in the text becomes that token, instead of its letters.
+        """
+        data = utf8("text", text)
+        flags = lib.SMALLM_ADD_SPECIAL if add_special else 0
+        flags |= lib.SMALLM_PARSE_SPECIAL if parse_special else 0
+        capacity = len(data) + 8
+        ids, n_ids, error = ffi.new("int32_t[]", capacity), ffi.new("size_t *"), new("error")
+        check(
+            lib.smallm_tokenize(
+                self._live().model, data, len(data), flags, ids, capacity, n_ids, error
+            ),
+            error,
+        )
+        result: list[int] = ffi.unpack(ids, n_ids[0])
+        return result
+
+    def detokenize(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        skip_special: control tokens give no text.
+        """
+        tokens = ffi.new("int32_t[]", token_ids("ids", ids, self._vocabulary))
+        flags = lib.SMALLM_SKIP_SPECIAL if skip_special else 0
+        capacity, n_bytes, error = 16 * len(tokens) + 16, ffi.new("size_t *"), new("error")
+        while True:
+            buffer = ffi.new("char[]", capacity)
+            check(
+                lib.smallm_detokenize(
+                    self._live().model, tokens, len(tokens), flags, buffer, capacity, n_bytes, error
+                ),
+                error,
+            )
+            if n_bytes[0] <= capacity:
+                data: bytes = ffi.unpack(buffer, n_bytes[0])
+                return data.decode("utf-8", "replace")
+            capacity = n_bytes[0]
+
+    def logits(self, ids: Sequence[int], *, chunk: int | None = None) -> npt.NDArray[np.float32]:
+        """What the model expects after each of `ids`: float32 [n_ids, n_vocab], before softmax.
+
+        chunk: tokens computed in one pass, 1 .. 512 (the default).  It changes speed and memory,
+        never the result.  ContextOverflowError: more ids than the context holds.
+        """
+        import numpy as np
+
+        tokens = token_ids("ids", ids, self._vocabulary)
+        if not tokens:
+            raise ValueError("ids is empty: give at least one token")
+        n_chunk = 0 if chunk is None else integer("chunk", chunk, 1, self._engine_info().n_batch)
+        self._check_length(tokens)
+        out = np.empty((len(tokens), self._vocabulary), np.float32)
+        buffer = ffi.from_buffer("float[]", out, require_writable=True)
+        box = submit(lambda: self._live().engine, tokens, None, logits=buffer, n_chunk=n_chunk)
+        stream = Stream(self, box, 0, -1)
+        finish([stream])
+        return out
+
+    # ---- generating ----
+
+    @overload
+    def generate(self, prompt: Prompt, **params: Unpack[Params]) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], **params: Unpack[Params]
+    ) -> list[Completion]: ...
+    def generate(self, prompt: Any, **params: Any) -> Completion | list[Completion]:
+        """Completes `prompt`: text or token ids; a list of them gives a list, run as a batch.
+
+        Text is taken literally: "<|im_start|>" in it is no special token (tokenize() it with
+        parse_special for that).  Item i of a list uses seed + i.  Parameters: see smallm.Params.
+        ContextOverflowError: a prompt is longer than the context.
+        """
+        streams, single = self._start("generate", prompt, params)
+        completions = finish(streams)
+        return completions[0] if single else completions
+
+    def chat(self, messages: Messages, **params: Unpack[Params]) -> Completion:
+        """Answers `messages`, a str or a list of {"role", "content"}, by the model's chat template.
+
+        Special tokens in the messages are plain text.  Parameters: see smallm.Params.
+        TemplateError: the model has no template, or it refuses the messages.
+        """
+        return finish([self._start_chat("chat", messages, params)])[0]
+
+    def stream(
+        self, prompt: Prompt | Sequence[Mapping[str, Any]], **params: Unpack[Params]
+    ) -> Stream:
+        """As generate() for text or token ids, as chat() for a list of messages, chunk by chunk."""
+        return self._start_stream("stream", prompt, params)
+
+    async def agenerate(self, prompt: Any, **params: Unpack[Params]) -> Any:
+        """As generate(), for asyncio; cancelling the task cancels the request."""
+        from asyncio import to_thread
+
+        streams, single = self._start("agenerate", prompt, params)
+        try:
+            completions = await to_thread(finish, streams)
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return completions[0] if single else completions
+
+    def astream(
+        self, prompt: Prompt | Sequence[Mapping[str, Any]], **params: Unpack[Params]
+    ) -> AsyncStream:
+        """As stream(), for asyncio: `async for chunk in model.astream(...)`."""
+        return AsyncStream(self._start_stream("astream", prompt, params))
+
+    # ---- prompts ----
+
+    def _start(
+        self, where: str, prompt: Any, params: Mapping[str, Any]
+    ) -> tuple[list[Stream], bool]:
+        """Submits one prompt or a list of them; all are judged before the first is submitted."""
+        options = self._options(where, params)
+        items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if not isinstance(items, (str, list, tuple, range)):
+            raise TypeError(
+                f"prompt must be a str, a list of token ids or a list of those, "
+                f"not {type(prompt).__name__}"
+            )
+        single = isinstance(items, (str, range)) or (
+            bool(items)
+            and not isinstance(items[0], (str, list, tuple, range, Mapping))
+            and not hasattr(items[0], "tolist")
+        )
+        prompts = [
+            self._prompt("prompt" if single else f"prompt[{i}]", item, options)
+            for i, item in enumerate([items] if single else items)
+        ]
+        streams: list[Stream] = []
+        try:
+            for i, ids in enumerate(prompts):
+                streams.append(self._submit(ids, options, i))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return streams, single
+
+    def _start_stream(self, where: str, prompt: Any, params: Mapping[str, Any]) -> Stream:
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+            return self._start_chat(where, prompt, params)
+        if isinstance(prompt, (list, tuple)) and (not prompt or isinstance(prompt[0], (str, list))):
+            raise TypeError("stream() takes one prompt: a str, token ids or a list of messages")
+        return self._start(where, prompt, params)[0][0]
+
+    def _start_chat(self, where: str, messages: object, params: Mapping[str, Any]) -> Stream:
+        options = self._options(where, params)
+        judged = _chat.judge_messages(messages)
+        if options.truncate:
+            ids, _ = _chat.fit(self, judged, self._room(options))
+            ids = self._truncated(ids, options)
+        else:
+            ids = _chat.chat_tokens(self, judged)
+        self._check_length(ids)
+        return self._submit(ids, options, 0)
+
+    def _options(self, where: str, params: Mapping[str, Any]) -> Options:
+        self._live()
+        return Options(where, params, self._defaults, self._vocabulary)
+
+    def _prompt(self, name: str, item: object, options: Options) -> list[int]:
+        if isinstance(item, str):
+            utf8(name, item)
+            ids = self.tokenize(item)
+            if not ids:
+                raise ValueError(
+                    f"{name} is empty, and this model has no token to begin a text with: "
+                    "give at least one character"
+                )
+        elif isinstance(item, Mapping):
+            raise TypeError(f"{name} is a message: use chat() or stream() for messages")
+        else:
+            ids = token_ids(name, item, self._vocabulary)
+            if not ids:
+                raise ValueError(f"{name} is empty: give at least one token id")
+        if options.truncate:
+            ids = self._truncated(ids, options)
+        self._check_length(ids, name)
+        return ids
+
+    def _room(self, options: Options) -> int:
+        """Prompt tokens that leave room for the answer, of which at most half the context."""
+        return max(1, self._ctx - min(options.max_tokens, self._ctx // 2))
+
+    def _truncated(self, ids: list[int], options: Options) -> list[int]:
+        if len(ids) <= self._ctx:
+            return ids
+        room = self._room(options)
+        if self._bos_added is not None and ids[0] == self._bos_added and room > 1:
+            return [ids[0], *ids[len(ids) - room + 1 :]]
+        return ids[len(ids) - room :]
+
+    def _check_length(self, ids: Sequence[int], name: str = "prompt") -> None:
+        if len(ids) > self._ctx:
+            raise ContextOverflowError(
+                f"{name} has {len(ids)} tokens; the context holds {self._ctx}: shorten it, load "
+                'with a larger ctx, or pass on_overflow="truncate_left"',
+                len(ids),
+                self._ctx,
+            )
+
+    def _submit(self, ids: Sequence[int], options: Options, i: int) -> Stream:
+        seed = (options.seed + i) % 2**64
+        box = submit(lambda: self._live().engine, ids, options, seed)
+        return Stream(self, box, seed, options.n_logprobs)
+
+    # ---- chat templates ----
+
+    def _template(self) -> ChatTemplate:
+        with self._lock:
+            if self._chat_template is None:
+                source = self._metadata.get("tokenizer.chat_template")
+                if not source:
+                    raise TemplateError(
+                        f"{self._path} has no chat template: it is not a chat model; "
+                        "use generate() to complete text"
+                    )
+                from ._template import ChatTemplate
+
+                self._chat_template = ChatTemplate(source)
+            return self._chat_template
+
+    def _special_text(self, name: str) -> str:
+        """Text of the bos / eos token, "" where the model has none."""
+        token = getattr(self._info, name)
+        return self.detokenize([token], skip_special=False) if token >= 0 else ""
+
+
+def _metadata(model: CData) -> dict[str, str]:
+    key, value, n_value = ffi.new("char **"), ffi.new("char **"), ffi.new("size_t *")
+    entries: dict[str, str] = {}
+    for i in count():
+        if lib.smallm_model_metadata(model, i, key, value, n_value) != lib.SMALLM_OK:
+            break
+        entries[text(key[0])] = ffi.unpack(value[0], n_value[0]).decode("utf-8", "replace")
+    return entries
+
+
+# ---- loading ----
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    ctx: int | None = None,
+    threads: int | None = None,
+    kv: str = "f16",
+    memory_limit: int | None = None,
+    offline: bool = False,
+    progress: Progress | bool | None = None,
+) -> Model:
+    """Loads a model, downloading it first where that is needed.
+
+    model: a path, a catalogue name ("smollm2-135m", the default), "hf:user/repo:QUANT" or a URL.
+    ctx: tokens a prompt and its answer may have together; None: the trained length.
+    threads: 1 .. 256; None: SMALLM_THREADS, else the physical cores this process may use.
+    kv: type of the KV cache, "f16" or "f32".
+    memory_limit: bytes for weights, KV cache and scratch together.
+    offline: no network; so does SMALLM_OFFLINE=1.
+    progress: called with (bytes done, bytes in all or None) during a download; None: a bar on
+        stderr where that is a terminal; False: nothing.
+
+    Errors: ModelNotFoundError, UnsupportedModelError, CorruptModelError, MemoryBudgetError,
+    DownloadError; ValueError for arguments, also for a SMALLM_ISA that this CPU lacks.
+    """
+    from . import _catalog
+
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a path or a name, not {type(model).__name__}")
+    found = _catalog.resolve(model, offline=offline, progress=progress)
+    try:
+        return Model(found.path, ctx=ctx, threads=threads, kv=kv, memory_limit=memory_limit)
+    except CorruptModelError as error:
+        if found.name is None:
+            raise
+        raise CorruptModelError(
+            f"{error} (a downloaded file: `smallm rm {found.name}` and fetch it again)"
+        ) from None
+
+
+# The last model that generate() and chat() loaded, under its name.
+_kept: tuple[str, Model] | None = None
+_kept_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _kept_lock
+    _kept_lock = threading.Lock()  # a thread that is not in the child may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _keep(model: str | os.PathLike[str] | Model | None) -> Model:
+    global _kept
+    if isinstance(model, Model):
+        return model
+    key = "" if model is None else os.fspath(model)
+    with _kept_lock:
+        if _kept is None or _kept[0] != key:
+            _kept = None  # frees the memory of the last one first
+            _kept = (key, load(model))
+        return _kept[1]
+
+
+@overload
+def generate(
+    prompt: Prompt,
+    *,
+    model: str | os.PathLike[str] | Model | None = None,
+    **params: Unpack[Params],
+) -> Completion: ...
+@overload
+def generate(
+    prompt: list[str] | list[list[int]],
+    *,
+    model: str | os.PathLike[str] | Model | None = None,
+    **params: Unpack[Params],
+) -> list[Completion]: ...
+def generate(
+    prompt: Any, *, model: str | os.PathLike[str] | Model | None = None, **params: Any
+) -> Completion | list[Completion]:
+    """Completes text with `model`, as Model.generate().
+
+    model: as for load(), or a Model.  The last one named stays loaded; the first call fetches the
+    default model.  Any thread may call it.
+    """
+    result: Completion | list[Completion] = _keep(model).generate(prompt, **params)
+    return result
+
+
+def chat(
+    messages: Messages,
+    *,
+    model: str | os.PathLike[str] | Model | None = None,
+    **params: Unpack[Params],
+) -> Completion:
+    """Answers messages with `model`, as Model.chat(); see generate() about `model`."""
+    return _keep(model).chat(messages, **params)

@@ -1,0 +1,398 @@
+"""The `smallm` command.
+
+Text that was asked for goes to stdout, everything else to stderr.  Exit codes: 0; 1: it failed,
+with one clear line; 2: wrong usage; 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from .. import __version__
+from .._catalog import CATALOGUE, DEFAULT
+from .._errors import SmallmError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+ANSWER_TOKENS = 1024  # a person can stop an answer; a program says -n
+
+
+def _complete_model(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    from .._catalog import records
+
+    names = {*CATALOGUE, *(record.name for record in records())}
+    return [name for name in sorted(names) if name.startswith(incomplete)]
+
+
+def _complete_file(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[click.shell_completion.CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    names = [CompletionItem(name) for name in _complete_model(context, parameter, incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
+
+
+def model_options(command: F) -> F:
+    """Which model, and how it is loaded."""
+    for option in (
+        click.option("--offline", is_flag=True, help="Never use the network."),
+        click.option(
+            "-t", "--threads", type=click.IntRange(1, 256), help="Default: the physical cores."
+        ),
+        click.option(
+            "-c",
+            "--ctx-size",
+            type=click.IntRange(0),
+            help="Tokens a prompt and its answer may have together; 0: the trained length.",
+        ),
+        click.option(
+            "-m",
+            "--model",
+            default=DEFAULT,
+            show_default=True,
+            shell_complete=_complete_file,
+            help="A path, a catalogue name, hf:user/repo:QUANT or a URL.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: F) -> F:
+    """How the answer is drawn; the defaults are the model's own."""
+    for option in (
+        click.option(
+            "-r",
+            "--reverse-prompt",
+            "--stop",
+            "stop",
+            multiple=True,
+            help="Text that ends the answer; may be repeated.",
+        ),
+        click.option("--repeat-penalty", type=float, help="Above 1: repeats less."),
+        click.option("-s", "--seed", type=int, help="-1: a fresh one (the default)."),
+        click.option("--min-p", type=float, help="Drop tokens below this times the best."),
+        click.option("--top-p", type=float, help="Keep the fewest tokens with this mass."),
+        click.option("--top-k", type=int, help="Keep the k most probable tokens; 0: all."),
+        click.option("--temp", "temperature", type=float, help="0: always the most probable."),
+        click.option(
+            "-n",
+            "--predict",
+            "--max-tokens",
+            "max_tokens",
+            type=int,
+            default=ANSWER_TOKENS,
+            show_default=True,
+            help="Tokens to generate at most; -1: until the context is full.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword parameters of smallm.Model for the options given."""
+    params = {name: value for name, value in options.items() if value is not None}
+    if params.get("max_tokens") == -1:
+        params["max_tokens"] = 2**31 - 1
+    if params.get("seed") == -1:
+        del params["seed"]
+    return params
+
+
+def load(model: str, ctx_size: int | None, threads: int | None, offline: bool) -> Any:
+    from .. import load as load_model
+
+    return load_model(model, ctx=ctx_size or None, threads=threads, offline=offline)
+
+
+def note(message: str) -> None:
+    """One line on stderr."""
+    click.echo(message, err=True)
+
+
+def show_text(text: str) -> None:
+    """Writes a piece of an answer at once; a terminal gets no control characters from a model."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="smallm")
+def cli() -> None:
+    """Small language models on the machine you have."""
+
+
+@cli.command()
+@click.argument("words", metavar="[PROMPT]", nargs=-1)
+@click.option("-p", "--prompt", help="The prompt; without one it is read from stdin.")
+@click.option("--system", help="A system message.")
+@click.option("--raw", is_flag=True, help="Complete the text as it is, without a chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.option("-v", "--verbose", is_flag=True, help="Tell seed and speed on stderr.")
+@sampling_options
+@model_options
+def run(
+    words: tuple[str, ...],
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    verbose: bool,
+    model: str,
+    ctx_size: int | None,
+    threads: int | None,
+    offline: bool,
+    **options: Any,
+) -> None:
+    """Answer one prompt: the words given, or -p, or stdin.
+
+    \b
+    smallm run "Why is the sky blue?"
+    smallm run --raw -n 20 --temp 0 "The capital of France is"
+    smallm run < question.txt
+    """
+    if words and prompt is not None:
+        raise click.UsageError("give the prompt either as words or with -p, not both")
+    if raw and system is not None:
+        raise click.UsageError("--system needs the chat template, which --raw leaves out")
+    if words:
+        prompt = " ".join(words)
+    if prompt is None or prompt == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise click.UsageError('no prompt: smallm run "Why is the sky blue?"')
+        prompt = _read_stdin()
+    if not prompt:
+        raise click.UsageError("the prompt is empty")
+    messages: Any = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+
+    params = sampling(options)
+    with load(model, ctx_size, threads, offline) as loaded:
+        with loaded.stream(prompt if raw else messages, **params) as stream:
+            for chunk in stream:
+                if not as_json:
+                    show_text(chunk.text)
+        answer = stream.completion
+    if as_json:
+        print_json(
+            {
+                "model": model,
+                "text": answer.text,
+                "finish_reason": answer.finish_reason,
+                "seed": answer.seed,
+                "usage": answer.usage._asdict(),
+                "timings": answer.timings._asdict(),
+            }
+        )
+        return
+    if not answer.text.endswith("\n"):
+        click.echo()
+    if answer.finish_reason == "length" and sys.stderr.isatty():
+        note(f"(cut after {answer.usage.completion_tokens} tokens: -n or -c allow more)")
+    if verbose:
+        speed = answer.timings
+        note(
+            f"seed {answer.seed}; prompt {answer.usage.prompt_tokens} tokens at "
+            f"{speed.prefill_tps:.1f}/s; answer {answer.usage.completion_tokens} tokens at "
+            f"{speed.decode_tps:.1f}/s; load {speed.load_s:.2f} s, first token "
+            f"{speed.ttft_s:.3f} s, peak memory {speed.peak_rss / 1e6:.0f} MB"
+        )
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin is not UTF-8 text: byte {error.start} is wrong") from None
+
+
+@cli.command()
+@click.option("--system", help="A system message.")
+@sampling_options
+@model_options
+def chat(
+    system: str | None,
+    model: str,
+    ctx_size: int | None,
+    threads: int | None,
+    offline: bool,
+    **options: Any,
+) -> None:
+    """Talk with a model.  /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
+    from ._chat import talk
+
+    with load(model, ctx_size, threads, offline) as loaded:
+        talk(loaded, system, sampling(options))
+
+
+@cli.command()
+@click.argument("name", default=DEFAULT, shell_complete=_complete_model)
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+def pull(name: str, as_json: bool) -> None:
+    """Fetch a model: a catalogue name, hf:user/repo:QUANT or an https URL.
+
+    A URL may end in #sha256=<64 hex digits>, which is then checked.
+    """
+    from .._catalog import pull as fetch
+
+    if name in CATALOGUE and not as_json:
+        entry = CATALOGUE[name]
+        note(f"{entry.title}, licence {entry.license}, {entry.size / 1e6:.0f} MB")
+    record = fetch(name)
+    if as_json:
+        print_json({**record._asdict(), "path": record.path, "size": record.size})
+        return
+    if record.license and name not in CATALOGUE:
+        note(f"licence {record.license}")
+    click.echo(record.path)
+
+
+@cli.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def list_models(as_json: bool) -> None:
+    """List the models in the cache, and those of the catalogue that are not there yet."""
+    from .._catalog import cache_dir, records
+
+    found = records()
+    if as_json:
+        print_json([{**r._asdict(), "path": r.path, "size": r.size} for r in found])
+        return
+    rows = [(r.name, f"{r.size / 1e6:.0f} MB", r.license or "-", r.path) for r in found]
+    present = {r.name for r in found}
+    rows += [
+        (name, f"{e.size / 1e6:.0f} MB", e.license, f"(smallm pull {name})")
+        for name, e in CATALOGUE.items()
+        if name not in present
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for name, size, license, path in rows:
+        click.echo(f"{name:{widths[0]}}  {size:>{widths[1]}}  {license:{widths[2]}}  {path}")
+    note(f"cache: {cache_dir()}")
+
+
+@cli.command("rm")
+@click.argument("names", nargs=-1, required=True, shell_complete=_complete_model)
+def remove(names: tuple[str, ...]) -> None:
+    """Delete models from the cache."""
+    from .._catalog import remove as delete
+
+    for name in names:
+        record = delete(name)
+        kept = [f["path"] for f in record.files if os.path.exists(f["path"])]
+        note(f"removed {record.name}")
+        for path in kept:
+            note(f"left in the cache of the Hugging Face hub, which other programs share: {path}")
+
+
+@cli.command()
+@click.argument("model", default=DEFAULT, shell_complete=_complete_file)
+@click.option("--metadata", is_flag=True, help="Also the file's own metadata.")
+@click.option("--offline", is_flag=True, help="Never use the network.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(model: str, metadata: bool, offline: bool, as_json: bool) -> None:
+    """Show what a model is: architecture, formats, sizes, licence."""
+    with load(model, None, None, offline) as loaded:
+        facts: dict[str, Any] = loaded.info._asdict()
+        entries = loaded.metadata
+    for name in ("forward_passes", "forward_tokens", "running", "cache_bytes"):
+        del facts[name]  # of a model that runs
+    if as_json:
+        print_json({**facts, "metadata": entries} if metadata else facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) else value
+        click.echo(f"{name.replace('_', ' '):{width}}  {shown}")
+    if metadata:
+        click.echo()
+        for name, value in entries.items():
+            text = value.replace("\n", "\\n")
+            click.echo(f"{name} = {text if len(text) <= 200 else text[:197] + '...'}")
+
+
+@cli.command()
+@click.option(
+    "-m", "--model", shell_complete=_complete_file, help="Test with this model; never fetched."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(model: str | None, as_json: bool) -> None:
+    """Look at this machine and test smallm on it for two seconds."""
+    from ._doctor import examine
+
+    report, healthy = examine(model)
+    if as_json:
+        print_json(report)
+    else:
+        width = max(map(len, report))
+        for name, value in report.items():
+            click.echo(f"{name.replace('_', ' '):{width}}  {value}")
+    if not healthy:
+        raise SmallmError("the self-test failed: see above")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes smallm's words in a shell.
+
+    \b
+    eval "$(smallm completion bash)"     # in ~/.bashrc
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise click.UsageError(f"no completion for {shell}")
+    click.echo(kind(cli, {}, "smallm", "_SMALLM_COMPLETE").source())
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+    try:
+        code = _run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away (`| head -1`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        result = cli.main(prog_name="smallm", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        note("")
+        return 130
+    except BrokenPipeError:
+        raise
+    except (SmallmError, ValueError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        note(f"smallm: {' '.join(lines) or type(error).__name__}")
+        return 1
