@@ -133,7 +133,20 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-@click.group(context_settings=SETTINGS)
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # The reader went away (`| head -1`): nobody is left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise click.exceptions.Exit(0) from None
+
+
+@click.group(cls=_Group, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="smallm")
 def cli() -> None:
     """Small language models on the machine you have."""
@@ -220,7 +233,7 @@ def run(
 def _read_stdin() -> str:
     data = sys.stdin.buffer.read()
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"stdin is not UTF-8 text: byte {error.start} is wrong") from None
 
@@ -252,9 +265,10 @@ def pull(name: str, as_json: bool) -> None:
 
     A URL may end in #sha256=<64 hex digits>, which is then checked.
     """
+    from .._catalog import find, is_offline
     from .._catalog import pull as fetch
 
-    if name in CATALOGUE and not as_json:
+    if name in CATALOGUE and not as_json and not is_offline() and find(name) is None:
         entry = CATALOGUE[name]
         note(f"{entry.title}, licence {entry.license}, {entry.size / 1e6:.0f} MB")
     record = fetch(name)
@@ -369,15 +383,7 @@ def main() -> None:
     """Runs the command line and exits."""
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    try:
-        code = _run()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader went away (`| head -1`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
-    sys.exit(code)
+    sys.exit(_run())
 
 
 def _run() -> int:
@@ -390,8 +396,6 @@ def _run() -> int:
     except (click.Abort, KeyboardInterrupt):
         note("")
         return 130
-    except BrokenPipeError:
-        raise
     except (SmallmError, ValueError, OSError) as error:
         lines = str(error).strip().splitlines()
         note(f"smallm: {' '.join(lines) or type(error).__name__}")
