@@ -82,14 +82,8 @@ void sm_acts_place(struct sm_acts *a, enum sm_act act, size_t n, size_t k, void 
  * undefined). */
 typedef bool sm_prepare_fn(struct sm_acts *a, size_t row, const float *x);
 
-/* ---- weights: panels of 16 rows (panels.c) -------------------------------------------------------
- * Layouts, for a panel of 16 rows and k_pad columns, block after block of 32 columns:
- *   Q4_0  [16 f16 d][4][16 rows][4]        byte j of group g, row r: column 4 g + j in the low
- *   Q4_1  [16 f16 d][16 f16 m][4][16][4]   nibble, column 16 + 4 g + j in the high one
- *   Q8_0  [16 f16 d][8][16 rows][4]        byte j of group g, row r: column 4 g + j, as code + 128
- *   F32 F16 BF16  [k_pad][16 rows], values as stored
- *   others        16 rows of file blocks, one after the other
- * Missing rows are zero (weight 0); missing columns have weight 0. */
+/* ---- weights: panels of 16 rows (panels.c; layouts in panels.h) --------------------------------- */
+
 size_t sm_panel_bytes(enum sm_type t, size_t k);
 /* rows: n_rows (1 .. 16) rows of the file, sm_row_bytes(t, k) apart. */
 void sm_panel_pack(enum sm_type t, void *panel, const void *rows, size_t n_rows, size_t k);

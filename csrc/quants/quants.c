@@ -1,25 +1,23 @@
 /* The table of weight formats, and the names of all types a GGUF file may hold. */
 #include "quants.h"
 
-/* The rule of struct sm_codes; sm_dequantize_NAME is it with the numbers of codes.def. */
-static inline void dequantize(const uint8_t *blocks, float *out, size_t n_blocks, size_t bytes,
-                              size_t block, size_t sub, int bias,
-                              void (*decode)(const void *, struct sm_codes *)) {
-    for (size_t i = 0; i < n_blocks; i++, blocks += bytes, out += block) {
-        struct sm_codes c;
-        decode(blocks, &c);
-        for (size_t s = 0; s < block / sub; s++) {
-            float scaled = c.d * (float)c.scale[s], least = c.m * (float)c.min[s];
-            for (size_t j = s * sub; j < (s + 1) * sub; j++)
-                out[j] = scaled * (float)(c.code[j] - bias) - least;
-        }
+void sm_codes_values(const struct sm_codes *c, int block, int sub, int bias, float *out) {
+    for (int s = 0; s < block / sub; s++) {
+        float scaled = c->d * (float)c->scale[s], least = c->m * (float)c->min[s];
+        for (int j = s * sub; j < (s + 1) * sub; j++)
+            out[j] = scaled * (float)(c->code[j] - bias) - least;
     }
 }
 
-#define SM_CODES(NAME, name, block, sub, group, mins, scales, low, high, bias)                     \
-    void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks) {                   \
-        dequantize(blocks, out, n_blocks, sm_quants[SM_TYPE_##NAME].block_bytes, block, sub, bias, \
-                   sm_codes_##name);                                                               \
+#define SM_CODES(NAME, name, block, sub, group, mins, scales, low, high, bias)             \
+    void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks) {           \
+        const uint8_t *p = blocks;                                                         \
+        for (; n_blocks > 0; n_blocks--, out += block) {                                   \
+            struct sm_codes c;                                                             \
+            sm_codes_##name(p, &c);                                                        \
+            sm_codes_values(&c, block, sub, bias, out);                                    \
+            p += sm_quants[SM_TYPE_##NAME].block_bytes;                                    \
+        }                                                                                  \
     }
 #include "codes.def"
 #undef SM_CODES

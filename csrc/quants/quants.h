@@ -51,6 +51,9 @@ struct sm_codes {
     uint8_t code[256];          /* [block] */
 };
 
+/* The values of one block, out [block], from its integers. */
+void sm_codes_values(const struct sm_codes *c, int block, int sub, int bias, float *out);
+
 #define SM_CODES(NAME, name, ...) void sm_codes_##name(const void *block, struct sm_codes *c);
 #include "codes.def"
 #undef SM_CODES
