@@ -73,7 +73,7 @@ METADATA: list[tuple[str, Any, str]] = [
     ("llama.attention.key_length", 0, ""),
     ("llama.attention.key_length", 2**30, ""),
     ("llama.attention.key_length", 24, "key_length|value_length|attn_"),
-    ("llama.attention.value_length", 24, ""),
+    ("llama.attention.value_length", 24, "attention.value_length"),
     ("llama.attention.sliding_window", -1, ""),
     ("llama.attention.layer_norm_rms_epsilon", None, ""),
     *(
@@ -81,7 +81,6 @@ METADATA: list[tuple[str, Any, str]] = [
         for value in (-1e-5, NAN, INF, 1e30)
     ),
     ("llama.attention.layer_norm_rms_epsilon", KV(Kind.FLOAT64, 1e300), ""),
-    ("llama.attention.layer_norm_rms_epsilon", KV(Kind.FLOAT64, 1e-300), ""),
     ("llama.attention.layer_norm_rms_epsilon", "1e-5", ""),
     *(("llama.rope.freq_base", tiny.f32(value), "") for value in (0.0, -1e4, NAN, INF, 1e38)),
     *(("llama.rope.dimension_count", value, "") for value in (0, 7, 18, 2**31, -2)),
@@ -91,7 +90,7 @@ METADATA: list[tuple[str, Any, str]] = [
     ("llama.expert_count", 8, ""),
     # Sizes that disagree with the tensors or the vocabulary.
     ("llama.embedding_length", 128, r"embedding_length|token_embd\.weight"),
-    ("llama.embedding_length", 62, r"embedding_length|token_embd\.weight"),
+    ("llama.embedding_length", 62, r"embedding_length|token_embd\.weight|a head has 15"),
     ("llama.feed_forward_length", 128, r"feed_forward_length|blk\.0\.ffn_"),
     ("llama.block_count", 3, r"block_count|blk\.2\."),
     ("llama.block_count", 1, r"block_count|blk\.1\."),

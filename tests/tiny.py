@@ -297,8 +297,9 @@ def write_tiny(
 
     def add(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> None:
         values = rng.normal(mean, std, size=shape)
-        matrix_type = types if isinstance(types, str) else types(name)
-        type_name = matrix_type if len(shape) == 2 else "F32"
+        type_name = "F32"
+        if len(shape) == 2:
+            type_name = types if isinstance(types, str) else types(name)
         tensors[name] = Tensor.encode(values, type_name, rng)
 
     # Queries and keys give scores of spread 2; each sub-layer adds about as much as the embedding,
