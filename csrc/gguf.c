@@ -435,7 +435,8 @@ static int judge_shape(const struct reader *r, struct sm_tensor_info *t) {
     n /= q->block_size;
     if (n > r->size / q->block_bytes) {
         return fail_at(r, SMALLM_E_CORRUPT,
-                       "has %llu blocks of %u bytes (%s), but the file only %llu bytes",
+                       "has %llu blocks of %u bytes (%s), but the file only %llu bytes: is it "
+                       "cut short?",
                        (unsigned long long)n, (unsigned)q->block_bytes, q->name,
                        (unsigned long long)r->size);
     }
@@ -678,8 +679,8 @@ static int judge_tensors(struct sm_gguf *g, smallm_error *err) {
     }
     sort(g->sorted, g->n_tensors, compare_names, t);
     for (size_t i = 1; i < g->n_tensors; i++) {
-        const struct sm_tensor_info *b = &t[g->sorted[i]];
         if (compare_names(t, g->sorted[i - 1], g->sorted[i]) == 0) {
+            const struct sm_tensor_info *b = &t[SM_MAX(g->sorted[i - 1], g->sorted[i])];
             return sm_fail(err, SMALLM_E_CORRUPT, "%s: tensor \"%s\" occurs twice",
                            sm_file_path(g->parts[b->part]),
                            sm_printable(name, sizeof name, b->name.s, b->name.n));
