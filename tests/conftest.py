@@ -7,12 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    import smallm
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` would find the source folder, which holds no compiled library.
+if not (ROOT / "smallm" / "_ffi.py").exists():
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
 def find_tool(name: str, directory: str) -> str:
@@ -39,3 +47,33 @@ def c_tests(pytestconfig: pytest.Config) -> Callable[[str], Path]:
         if done.returncode != 0:
             pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return lambda name: build / name
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[smallm.Model]:
+    """The default model, fetched by smallm's own catalogue; skips where that is impossible."""
+    import smallm
+
+    try:
+        model = smallm.load()
+    except smallm.DownloadError as error:
+        pytest.skip(f"the default model cannot be fetched here: {error}")
+    with model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def tiny_spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a SentencePiece vocabulary and no chat template."""
+    import tiny
+
+    return tiny.write_tiny(tmp_path_factory.mktemp("spm") / "spm.gguf").path
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a byte-level BPE vocabulary, a ChatML template and a long context."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("chat") / "chat.gguf"
+    return tiny.write_tiny(path, tokenizer="bpe", n_ctx=1 << 16).path
