@@ -1,50 +1,81 @@
 /* Matrix products on AVX-512 VNNI: one panel row per 32-bit lane, weights as dpbusd's unsigned
  * operand, activations broadcast four signed bytes at a time.
  *
- * A tile holds n_p panels x n_t tokens in registers.  One token runs four panels wide, so that
- * several memory streams are in flight; few tokens run on the packed bytes; from UNPACK_TOKENS on,
- * two panels are unpacked once into scratch and used for all tokens.  Scratch holds at most
- * UNPACK_COLUMNS columns (64 KB, well inside L2); longer rows carry their sums in `out`. */
+ * A tile holds n_p panels x n_t tokens in registers.  One token of a format without integer scales
+ * runs four panels wide on the packed bytes, so that several memory streams are in flight.  All
+ * else unpacks two panels at a time into scratch and uses them for all tokens: FEW_COLUMNS columns
+ * (in L1) for few tokens, UNPACK_COLUMNS (64 KB, well inside L2) for many; longer rows carry their
+ * sums in `out`. */
 #include <immintrin.h>
 
-#include "../kernels.h"
+#include "../panels.h"
 #include "../tier.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS SM_PANEL_ROWS
 #define TILE_TOKENS 6
-#define UNPACK_TOKENS 18
+#define MANY_TOKENS 18
 #define UNPACK_COLUMNS 2048
+#define FEW_COLUMNS 512
+#define SCALED_TOKENS 4 /* the formats with integer scales need more registers a token */
 #define PREFETCH_BYTES 1536 /* ahead of each of the four streams of a single token */
 
-/* ---- formats of 32 columns a block ----------------------------------------------------------------- */
+/* ---- codes ------------------------------------------------------------------------------------------------- */
 
-struct format {
-    bool nibbles; /* two codes a byte, else one */
-    bool mins;
-    int shift;    /* the codes' offset is 1 << shift; 0: none */
-};
-
-INLINE size_t scale_bytes(struct format f) { return f.mins ? 4 * ROWS : 2 * ROWS; }
-INLINE size_t block_bytes(struct format f) {
-    return scale_bytes(f) + (f.nibbles ? 16 * ROWS : 32 * ROWS);
+/* The 8 groups of a slab as bytes 0 .. 2^bits - 1: group[g] holds columns 4 g .. 4 g + 3. */
+INLINE void load_slab(struct sm_layout f, const uint8_t *slab, __m512i group[8]) {
+    __m512i low[8], high[2];
+    const __m512i low_mask = _mm512_set1_epi8((char)((1 << f.low) - 1));
+    const __m512i high_mask = _mm512_set1_epi8((char)(((1 << f.high) - 1) << f.low));
+#pragma GCC unroll 8
+    for (int i = 0; i < f.low; i++) low[i] = _mm512_loadu_si512(slab + 64 * i);
+#pragma GCC unroll 2
+    for (int i = 0; i < f.high; i++) high[i] = _mm512_loadu_si512(slab + 64 * (f.low + i));
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g++) {
+        __m512i x = low[g % f.low];
+        if (f.low < 8) {
+            x = _mm512_srli_epi16(x, (unsigned)(g / f.low * f.low));
+            x = _mm512_and_si512(x, low_mask);
+        }
+        if (f.high > 0) {
+            int shift = g / f.high * f.high - f.low; /* bits down to the code's top */
+            __m512i y = high[g % f.high];
+            y = shift > 0 ? _mm512_srli_epi16(y, (unsigned)shift)
+                          : _mm512_slli_epi16(y, (unsigned)-shift);
+            x = _mm512_ternarylogic_epi32(x, y, high_mask, 0xf8); /* x | (y & mask) */
+        }
+        group[g] = x;
+    }
 }
 
-/* Where a tile finds one panel's blocks: scales always in the panel, codes there or unpacked. */
-struct stream {
-    const uint8_t *scales; /* [n_blocks] block_bytes apart */
-    const uint8_t *codes;  /* [n_blocks] code_step apart */
-};
+/* Codes of n_slabs slabs of one panel, beginning with slab `first`: codes [n_slabs][8][64]. */
+INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, size_t first,
+                   size_t n_slabs) {
+    const size_t per_block = (size_t)(f.block / SM_SLAB);
+    for (size_t i = first; i < first + n_slabs; i++, codes += 8 * 64) {
+        __m512i group[8];
+        load_slab(f, panel + i / per_block * sm_layout_bytes(f) + sm_layout_codes(f) +
+                         i % per_block * sm_layout_slab(f), group);
+#pragma GCC unroll 8
+        for (int g = 0; g < 8; g++) _mm512_store_si512(codes + 64 * g, group[g]);
+    }
+}
 
+/* ---- tiles ------------------------------------------------------------------------------------------------- */
+
+/* Some blocks of n_t tokens against n_p panels. */
 struct tile {
-    const int8_t *q;       /* [n_t][k_pad] */
-    const float *d, *s;    /* [n_t][n_blocks] */
-    const int32_t *sum;    /* [n_t][n_blocks] */
-    size_t k_pad, row_blocks; /* distances between tokens */
-    size_t n_blocks;       /* to do */
-    float *out;            /* [n_t][ld], ROWS * n_p columns */
+    const uint8_t *panel[4]; /* at the first block to do */
+    const uint8_t *codes[4]; /* unpacked codes [8][64] of each slab, slab_step apart */
+    size_t slab_step, n_blocks;
+    const int8_t *q;         /* [n_t][k_pad] */
+    const float *d, *s;      /* [n_t][row_blocks] */
+    const int32_t *sum;      /* [n_t][row_sums] */
+    size_t k_pad, row_blocks, row_sums;
+    float *out;              /* [n_t][ld], ROWS * n_p columns */
     size_t ld;
-    bool carry;            /* starts from out instead of zero */
+    bool carry;              /* starts from out instead of zero */
 };
 
 INLINE __m512i broadcast4(const int8_t *p) {
@@ -52,11 +83,19 @@ INLINE __m512i broadcast4(const int8_t *p) {
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
 }
+INLINE __m512 load_f16(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+/* -bias * sum: what the codes' bias adds to an integer sum, taken off beforehand.  */
+INLINE __m512i seed_of(struct sm_layout f, int32_t sum) {
+    if (f.bias == 0) return _mm512_setzero_si512();
+    return _mm512_sub_epi32(_mm512_setzero_si512(),
+                            _mm512_slli_epi32(_mm512_set1_epi32(sum), (unsigned)__builtin_ctz(f.bias)));
+}
 
-INLINE void run_tile(struct format f, bool unpacked, int n_p, int n_t, const struct stream *w,
-                     const struct tile *a) {
-    const __m512i low = _mm512_set1_epi8(15);
-    const size_t step = block_bytes(f), code_step = unpacked ? 32 * ROWS : step;
+/* Formats of one scale per 32 columns. */
+INLINE void plain_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct tile *a) {
+    const size_t step = sm_layout_bytes(f);
     __m512 acc[4][TILE_TOKENS];
     for (int p = 0; p < n_p; p++)
         for (int t = 0; t < n_t; t++)
@@ -64,41 +103,36 @@ INLINE void run_tile(struct format f, bool unpacked, int n_p, int n_t, const str
                                  : _mm512_setzero_ps();
     for (size_t b = 0; b < a->n_blocks; b++) {
         __m512i isum[4][TILE_TOKENS];
-        for (int t = 0; t < n_t; t++) {
-            __m512i seed = _mm512_setzero_si512();
-            if (f.shift != 0) {
-                __m512i sum = _mm512_set1_epi32(a->sum[t * a->row_blocks + b]);
-                seed = _mm512_sub_epi32(seed, _mm512_slli_epi32(sum, (unsigned)f.shift));
-            }
-            for (int p = 0; p < n_p; p++) isum[p][t] = seed;
-        }
-        const int8_t *q = a->q + 32 * b;
-        const bool packed_nibbles = f.nibbles && !unpacked;
-        for (int g = 0; g < (packed_nibbles ? 4 : 8); g++)
-            for (int p = 0; p < n_p; p++) {
-                const uint8_t *codes = w[p].codes + b * code_step + (size_t)g * 64;
-                if (n_t == 1 && !unpacked) _mm_prefetch(codes + PREFETCH_BYTES, _MM_HINT_T0);
-                __m512i bytes = _mm512_loadu_si512(codes);
-                if (packed_nibbles) {
-                    __m512i lo = _mm512_and_si512(bytes, low);
-                    __m512i hi = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-                    for (int t = 0; t < n_t; t++) {
-                        const int8_t *x = q + t * a->k_pad + 4 * g;
-                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], lo, broadcast4(x));
-                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], hi, broadcast4(x + 16));
-                    }
-                } else {
+        for (int t = 0; t < n_t; t++)
+            for (int p = 0; p < n_p; p++) isum[p][t] = seed_of(f, a->sum[t * a->row_sums + b]);
+        const int8_t *q = a->q + SM_SLAB * b;
+        if (unpacked) {
+            for (int g = 0; g < 8; g++)
+                for (int p = 0; p < n_p; p++) {
+                    __m512i w = _mm512_loadu_si512(a->codes[p] + b * a->slab_step + g * 64);
                     for (int t = 0; t < n_t; t++)
-                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], bytes,
+                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w,
                                                          broadcast4(q + t * a->k_pad + 4 * g));
                 }
+        } else {
+            for (int p = 0; p < n_p; p++) {
+                const uint8_t *block = a->panel[p] + b * step;
+                if (n_t == 1)
+                    for (size_t i = 0; i < step; i += 64)
+                        _mm_prefetch(block + PREFETCH_BYTES + i, _MM_HINT_T0);
+                __m512i w[8];
+                load_slab(f, block + sm_layout_codes(f), w);
+#pragma GCC unroll 8
+                for (int g = 0; g < 8; g++)
+                    for (int t = 0; t < n_t; t++)
+                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[g],
+                                                         broadcast4(q + t * a->k_pad + 4 * g));
             }
+        }
         for (int p = 0; p < n_p; p++) {
-            const uint8_t *scales = w[p].scales + b * step;
-            __m512 dw = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
-            __m512 mw = _mm512_setzero_ps();
-            if (f.mins)
-                mw = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scales + 2 * ROWS)));
+            const uint8_t *block = a->panel[p] + b * step;
+            __m512 dw = load_f16(block), mw = _mm512_setzero_ps();
+            if (f.mins) mw = load_f16(block + 2 * ROWS);
             for (int t = 0; t < n_t; t++) {
                 size_t at = t * a->row_blocks + b;
                 __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[at]));
@@ -111,118 +145,174 @@ INLINE void run_tile(struct format f, bool unpacked, int n_p, int n_t, const str
         for (int t = 0; t < n_t; t++) _mm512_storeu_ps(a->out + t * a->ld + p * ROWS, acc[p][t]);
 }
 
-/* All tokens of m against n_p panels, in tiles of constant size. */
-INLINE void run_tokens(struct format f, bool unpacked, int n_p, const struct stream *w,
-                       const struct sm_matmul *m, size_t panel, size_t first_block,
-                       size_t n_blocks) {
+/* Scale (below) and min of sub-block s for the 16 rows of a block, as int32. */
+INLINE __m512i load_scales(struct sm_layout f, const uint8_t *block, int s) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)(block + sm_layout_scales(f) + s * ROWS));
+    if (f.scales == SM_SCALES_NIBBLES) bytes = _mm_and_si128(bytes, _mm_set1_epi8(15));
+    return _mm512_cvtepi8_epi32(bytes);
+}
+INLINE __m512i load_mins(struct sm_layout f, const uint8_t *block, int s) {
+    if (f.scales == SM_SCALES_NIBBLES) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(block + sm_layout_scales(f) + s * ROWS));
+        return _mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15)));
+    }
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(block + sm_layout_mins(f) + s * ROWS)));
+}
+
+/* Formats of 256 columns with integer scales, unpacked.  Sums of scale * dot stay below 2^24 within
+ * a group, so they are exact as floats, where the multiply-add costs half of vpmulld. */
+INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile *a) {
+    const size_t step = sm_layout_bytes(f);
+    const int n_sub = f.block / f.sub, sub_groups = f.sub / 4, group_subs = f.group / f.sub;
+    __m512 acc[2][TILE_TOKENS];
+    for (int p = 0; p < n_p; p++)
+        for (int t = 0; t < n_t; t++)
+            acc[p][t] = a->carry ? _mm512_loadu_ps(a->out + t * a->ld + p * ROWS)
+                                 : _mm512_setzero_ps();
+    for (size_t b = 0; b < a->n_blocks; b++) {
+        const int32_t *sum = a->sum + 16 * b; /* per 16 columns */
+        for (int first = 0; first < n_sub; first += group_subs) {
+            __m512 scaled[2][TILE_TOKENS];
+            for (int s = first; s < first + group_subs; s++) {
+                __m512i isum[2][TILE_TOKENS];
+                for (int t = 0; t < n_t; t++)
+                    for (int p = 0; p < n_p; p++) /* biased formats have sub == 16 */
+                        isum[p][t] = seed_of(f, sum[t * a->row_sums + s]);
+                for (int g = 0; g < sub_groups; g++)
+                    for (int p = 0; p < n_p; p++) {
+                        size_t at = (64 * b + (size_t)(s * sub_groups + g)) * 64;
+                        __m512i w = _mm512_load_si512(a->codes[p] + at);
+                        const int8_t *q = a->q + 256 * b + (size_t)(s * f.sub + 4 * g);
+                        for (int t = 0; t < n_t; t++)
+                            isum[p][t] =
+                                _mm512_dpbusd_epi32(isum[p][t], w, broadcast4(q + t * a->k_pad));
+                    }
+                for (int p = 0; p < n_p; p++) {
+                    __m512 scale = _mm512_cvtepi32_ps(load_scales(f, a->panel[p] + b * step, s));
+                    for (int t = 0; t < n_t; t++) {
+                        __m512 dot = _mm512_cvtepi32_ps(isum[p][t]);
+                        scaled[p][t] = s == first ? _mm512_mul_ps(dot, scale)
+                                                  : _mm512_fmadd_ps(dot, scale, scaled[p][t]);
+                    }
+                }
+            }
+            for (int p = 0; p < n_p; p++) {
+                __m512 dw = load_f16(a->panel[p] + b * step);
+                for (int t = 0; t < n_t; t++) {
+                    __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[t * a->row_blocks + b]));
+                    acc[p][t] = _mm512_fmadd_ps(scaled[p][t], scale, acc[p][t]);
+                }
+            }
+        }
+        if (!f.mins) continue;
+        __m512i msum[2][TILE_TOKENS]; /* sums of 16 columns in pairs of int16 */
+        for (int p = 0; p < n_p; p++)
+            for (int t = 0; t < n_t; t++) msum[p][t] = _mm512_setzero_si512();
+        for (int i = 0; i < 8; i++)
+            for (int p = 0; p < n_p; p++) {
+                const uint8_t *block = a->panel[p] + b * step;
+                __m512i even = load_mins(f, block, 2 * i * 16 / f.sub);
+                __m512i odd = load_mins(f, block, (2 * i + 1) * 16 / f.sub);
+                __m512i pair = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+                for (int t = 0; t < n_t; t++) {
+                    const int32_t *two = sum + t * a->row_sums + 2 * i;
+                    uint32_t sums = (uint16_t)two[0] | (uint32_t)two[1] << 16;
+                    msum[p][t] = _mm512_dpwssd_epi32(msum[p][t], pair, _mm512_set1_epi32((int)sums));
+                }
+            }
+        for (int p = 0; p < n_p; p++) {
+            __m512 dmin = load_f16(a->panel[p] + b * step + 2 * ROWS);
+            for (int t = 0; t < n_t; t++) {
+                __m512 scale = _mm512_mul_ps(dmin, _mm512_set1_ps(a->d[t * a->row_blocks + b]));
+                acc[p][t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(msum[p][t]), scale, acc[p][t]);
+            }
+        }
+    }
+    for (int p = 0; p < n_p; p++)
+        for (int t = 0; t < n_t; t++) _mm512_storeu_ps(a->out + t * a->ld + p * ROWS, acc[p][t]);
+}
+
+INLINE void any_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct tile *a) {
+    if (f.scales == SM_SCALES_NONE)
+        plain_tile(f, unpacked, n_p, n_t, a);
+    else
+        scaled_tile(f, n_p, n_t, a);
+}
+
+/* ---- panels ------------------------------------------------------------------------------------------------ */
+
+/* All tokens of m against n_p panels from `panel` on, blocks first .. first + n_blocks - 1. */
+INLINE void run_tokens(struct sm_layout f, bool unpacked, int n_p, const struct sm_matmul *m,
+                       size_t panel, size_t first, size_t n_blocks) {
     const struct sm_acts *acts = m->acts;
-    struct tile a = {.k_pad = acts->k_pad, .row_blocks = acts->k_pad / 32, .n_blocks = n_blocks,
-                     .ld = m->ld, .carry = first_block != 0};
-    for (size_t t = 0; t < m->n_tokens; t += TILE_TOKENS) {
-        size_t row = m->first + t, at = row * a.row_blocks + first_block;
-        a.q = acts->q + row * a.k_pad + 32 * first_block;
+    const size_t sums = f.block == 32 ? 1 : 16; /* activation sums of a block */
+    const size_t max_t = f.scales == SM_SCALES_NONE ? TILE_TOKENS : SCALED_TOKENS;
+    struct tile a = {.slab_step = 8 * 64, .n_blocks = n_blocks, .k_pad = acts->k_pad,
+                     .row_blocks = acts->k_pad / (size_t)f.block, .ld = m->ld, .carry = first != 0};
+    a.row_sums = a.row_blocks * sums;
+    for (int p = 0; p < n_p; p++) {
+        a.panel[p] = m->panels + (panel + (size_t)p) * m->panel_bytes + first * sm_layout_bytes(f);
+        a.codes[p] = (uint8_t *)m->scratch + p * (UNPACK_COLUMNS * ROWS);
+        if (f.low == 8) a.codes[p] = a.panel[p] + sm_layout_codes(f); /* need no unpacking */
+    }
+    if (f.low == 8) a.slab_step = sm_layout_bytes(f);
+    for (size_t t = 0; t < m->n_tokens; t += max_t) {
+        size_t row = m->first + t, at = row * a.row_blocks + first;
+        a.q = acts->q + row * a.k_pad + first * (size_t)f.block;
         a.d = acts->d + at;
-        a.s = acts->s + at;
-        a.sum = acts->sum + at;
+        a.s = f.block == 32 ? acts->s + at : NULL;
+        a.sum = acts->sum + at * sums;
         a.out = m->out + t * m->ld + panel * ROWS;
-        switch (SM_MIN(m->n_tokens - t, TILE_TOKENS)) {
-        case 1: run_tile(f, unpacked, n_p, 1, w, &a); break;
-        case 2: run_tile(f, unpacked, n_p, 2, w, &a); break;
-        case 3: run_tile(f, unpacked, n_p, 3, w, &a); break;
-        case 4: run_tile(f, unpacked, n_p, 4, w, &a); break;
-        case 5: run_tile(f, unpacked, n_p, 5, w, &a); break;
-        default: run_tile(f, unpacked, n_p, 6, w, &a); break;
+        switch (SM_MIN(m->n_tokens - t, max_t)) {
+        case 1: any_tile(f, unpacked, n_p, 1, &a); break;
+        case 2: any_tile(f, unpacked, n_p, 2, &a); break;
+        case 3: any_tile(f, unpacked, n_p, 3, &a); break;
+        case 4: any_tile(f, unpacked, n_p, 4, &a); break;
+        case 5: any_tile(f, unpacked, n_p, 5, &a); break;
+        default: any_tile(f, unpacked, n_p, 6, &a); break;
         }
     }
 }
 
-/* One token against n_p panels. */
-INLINE void run_one(struct format f, int n_p, const struct stream *w, const struct sm_matmul *m,
-                    size_t panel) {
-    const struct sm_acts *acts = m->acts;
-    size_t row_blocks = acts->k_pad / 32, at = m->first * row_blocks;
-    struct tile a = {.q = acts->q + m->first * acts->k_pad, .d = acts->d + at, .s = acts->s + at,
-                     .sum = acts->sum + at, .k_pad = acts->k_pad, .row_blocks = row_blocks,
-                     .n_blocks = row_blocks, .out = m->out + panel * ROWS, .ld = m->ld};
-    run_tile(f, false, n_p, 1, w, &a);
-}
-
-/* codes [n_blocks][8][64] of one panel's 4-bit blocks. */
-INLINE void unpack(struct format f, uint8_t *codes, const uint8_t *blocks, size_t n_blocks) {
-    const __m512i low = _mm512_set1_epi8(15);
-    for (size_t b = 0; b < n_blocks; b++, codes += 32 * ROWS)
-        for (int g = 0; g < 4; g++) {
-            __m512i bytes = _mm512_loadu_si512(blocks + b * block_bytes(f) + scale_bytes(f) + g * 64);
-            _mm512_store_si512(codes + g * 64, _mm512_and_si512(bytes, low));
-            _mm512_store_si512(codes + (g + 4) * 64,
-                               _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
-        }
-}
-
-/* Two panels (one at the end) of m against all its tokens. */
-INLINE void run_pair(struct format f, int n_p, const struct sm_matmul *m, size_t panel) {
-    size_t all = m->acts->k_pad / 32;
-    if (!f.nibbles || m->n_tokens < UNPACK_TOKENS) {
-        struct stream w[2];
-        for (int p = 0; p < n_p; p++) {
-            w[p].scales = m->panels + (panel + p) * m->panel_bytes;
-            w[p].codes = w[p].scales + scale_bytes(f);
-        }
-        run_tokens(f, false, n_p, w, m, panel, 0, all);
-        return;
-    }
-    for (size_t b = 0; b < all; b += UNPACK_COLUMNS / 32) {
-        size_t n = SM_MIN(all - b, UNPACK_COLUMNS / 32);
-        struct stream w[2];
-        for (int p = 0; p < n_p; p++) {
-            uint8_t *codes = (uint8_t *)m->scratch + (size_t)p * UNPACK_COLUMNS * ROWS;
-            w[p].scales = m->panels + (panel + p) * m->panel_bytes + b * block_bytes(f);
-            w[p].codes = codes;
-            unpack(f, codes, w[p].scales, n);
-        }
-        run_tokens(f, true, n_p, w, m, panel, b, n);
+/* The same over unpacked codes, UNPACK_COLUMNS columns (few tokens: FEW_COLUMNS, in L1) at a time. */
+INLINE void run_unpacked(struct sm_layout f, int n_p, const struct sm_matmul *m, size_t panel) {
+    const size_t block = (size_t)f.block, all = m->acts->k_pad / block;
+    const size_t most = (m->n_tokens < MANY_TOKENS ? FEW_COLUMNS : UNPACK_COLUMNS) / block;
+    for (size_t b = 0; b < all; b += most) {
+        size_t n = SM_MIN(all - b, most);
+        for (int p = 0; p < n_p && f.low < 8; p++)
+            unpack(f, (uint8_t *)m->scratch + p * (UNPACK_COLUMNS * ROWS),
+                   m->panels + (panel + (size_t)p) * m->panel_bytes, b * block / SM_SLAB,
+                   n * block / SM_SLAB);
+        run_tokens(f, true, n_p, m, panel, b, n);
     }
 }
 
-INLINE void block32(struct format f, const struct sm_matmul *m) {
+INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
+    const bool plain = f.scales == SM_SCALES_NONE;
+    const size_t all = m->acts->k_pad / (size_t)f.block;
     size_t p = 0;
-    if (m->n_tokens == 1) {
-        for (; p < m->n_panels; p += 4) {
-            struct stream w[4];
-            size_t n_p = SM_MIN(m->n_panels - p, 4);
-            for (size_t i = 0; i < n_p; i++) {
-                w[i].scales = m->panels + (p + i) * m->panel_bytes;
-                w[i].codes = w[i].scales + scale_bytes(f);
-            }
-            switch (n_p) {
-            case 1: run_one(f, 1, w, m, p); break;
-            case 2: run_one(f, 2, w, m, p); break;
-            case 3: run_one(f, 3, w, m, p); break;
-            default: run_one(f, 4, w, m, p); break;
-            }
-        }
-        return;
+    if (plain && m->n_tokens == 1) {
+        for (; p + 4 <= m->n_panels; p += 4) run_tokens(f, false, 4, m, p, 0, all);
+        for (; p < m->n_panels; p++) run_tokens(f, false, 1, m, p, 0, all);
+    } else {
+        for (; p + 2 <= m->n_panels; p += 2) run_unpacked(f, 2, m, p);
+        if (p < m->n_panels) run_unpacked(f, 1, m, p);
     }
-    for (; p + 2 <= m->n_panels; p += 2) run_pair(f, 2, m, p);
-    if (p < m->n_panels) run_pair(f, 1, m, p);
 }
 
-static void matmul_q4_0(const struct sm_matmul *m) {
-    block32((struct format){.nibbles = true, .shift = 3}, m);
-}
-static void matmul_q4_1(const struct sm_matmul *m) {
-    block32((struct format){.nibbles = true, .mins = true}, m);
-}
-static void matmul_q8_0(const struct sm_matmul *m) { block32((struct format){.shift = 7}, m); }
+#define SM_CODES(NAME, name, ...)                              \
+    static void matmul_##name(const struct sm_matmul *m) {     \
+        integers(SM_LAYOUT(__VA_ARGS__), m);                   \
+    }
+#include "../../quants/codes.def"
+#undef SM_CODES
 
 /* ---- floats ---------------------------------------------------------------------------------------- */
 
 typedef __m512 load_fn(const uint8_t *p);
 
 INLINE __m512 load_f32(const uint8_t *p) { return _mm512_loadu_ps(p); }
-INLINE __m512 load_f16(const uint8_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
 INLINE __m512 load_bf16(const uint8_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -277,7 +367,7 @@ void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
     k->matmul[SM_TYPE_F32] = matmul_f32;
     k->matmul[SM_TYPE_F16] = matmul_f16;
     k->matmul[SM_TYPE_BF16] = matmul_bf16;
-    k->matmul[SM_TYPE_Q4_0] = matmul_q4_0;
-    k->matmul[SM_TYPE_Q4_1] = matmul_q4_1;
-    k->matmul[SM_TYPE_Q8_0] = matmul_q8_0;
+#define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = matmul_##name;
+#include "../../quants/codes.def"
+#undef SM_CODES
 }
