@@ -1,0 +1,420 @@
+"""Tokenizers: the ids of `tokenizers` and `sentencepiece` on hostile text, and the text back."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizer_reference as reference
+from gguf import GGUFValueType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import KV, write_tiny
+
+import smallm
+
+SETTINGS = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+characters = st.characters(exclude_categories=["Cs", "Cn"]).filter(reference.agreed)
+fragments = st.sampled_from(reference.FRAGMENTS)
+words = st.sampled_from(reference.WORDS).map(lambda word: " " + word)
+runs = st.builds(lambda s, n: s * n, fragments, st.integers(1, 40))
+texts = st.lists(st.one_of(fragments, fragments, words, characters, runs), max_size=24).map("".join)
+
+# All scripts at once, in the order in which they tend to break things.
+EVERYTHING = "".join(reference.FRAGMENTS) + " ".join(reversed(reference.FRAGMENTS))
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_start|>system", "<|i")
+USER = ("  ", "      ", "<tool>", "</tool>", "\n\n\n", "tool")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """A model with the given tokenizer keys, loaded once for all tests that ask for it."""
+    opened: dict[str, Any] = {}
+    folder = tmp_path_factory.mktemp("vocabularies")
+
+    def get(name: str, keys: dict[str, Any]) -> Any:
+        if name not in opened:
+            path = folder / f"{len(opened)}.gguf"
+            write_tiny(path, tokenizer=keys, n_layer=1)
+            opened[name] = smallm.load(path)
+        return opened[name]
+
+    yield get
+    for model in opened.values():
+        model.close()
+
+
+def refuse(tmp_path: Path, error: type[Exception], match: str, keys: dict[str, Any]) -> None:
+    path = tmp_path / "refused.gguf"
+    write_tiny(path, tokenizer=keys, n_layer=1)
+    with pytest.raises(error, match=match):
+        smallm.load(path)
+
+
+def types(*values: int) -> KV:
+    return KV(GGUFValueType.ARRAY, list(values), GGUFValueType.INT32)
+
+
+# ---- byte-level BPE ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", reference.PRE_TOKENIZERS)
+def test_byte_level_ids(load: Callable[..., Any], name: str) -> None:
+    oracle, keys = reference.trained_byte_level(name)
+    model = load(name, keys)
+    assert model.tokenize(EVERYTHING, add_special=False) == oracle.encode(EVERYTHING).ids
+
+    @SETTINGS
+    @given(texts)
+    def check(text: str) -> None:
+        ids = model.tokenize(text, add_special=False)
+        assert ids == oracle.encode(text).ids
+        assert model.detokenize(ids) == text
+
+    check()
+
+
+# falcon takes digits apart after bytes have become characters; these bytes then pass for digits.
+FALCON_DIGITS = {0xB2, 0xB3, 0xB9, 0xBC, 0xBD, 0xBE}
+
+
+@pytest.mark.parametrize("name", reference.PRE_TOKENIZERS)
+def test_byte_level_splits(load: Callable[..., Any], name: str) -> None:
+    """With merges that cross the splits, a missing split changes the ids."""
+    oracle, keys = reference.trained_byte_level(name, 3000, crossing=True)
+    model = load(name + " crossing", keys)
+
+    @SETTINGS
+    @given(texts)
+    def check(text: str) -> None:
+        if name == "falcon":
+            text = "".join(c for c in text if not FALCON_DIGITS & set(c.encode()))
+        assert model.tokenize(text, add_special=False) == oracle.encode(text).ids
+
+    check()
+
+
+special_parts = st.sampled_from([*SPECIAL, *USER, "<", "|", "im_start", " ", "\n"])
+special_texts = st.lists(st.one_of(special_parts, words), max_size=24).map("".join)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
+def test_special_tokens(load: Callable[..., Any], name: str) -> None:
+    oracle, keys = reference.trained_byte_level(name, special=SPECIAL, user=USER)
+    model = load(name + " special", keys)
+    control = set(range(len(SPECIAL)))
+
+    @SETTINGS
+    @given(special_texts)
+    def check(text: str) -> None:
+        oracle.encode_special_tokens = False
+        ids = model.tokenize(text, add_special=False, parse_special=True)
+        assert ids == oracle.encode(text).ids
+        assert model.detokenize(ids, skip_special=False) == text
+        assert model.detokenize(ids) == model.detokenize([i for i in ids if i not in control])
+        # Unless asked for, no text becomes a control token; user-defined ones are always found.
+        oracle.encode_special_tokens = True
+        ids = model.tokenize(text, add_special=False)
+        assert not control & set(ids)
+        assert ids == oracle.encode(text).ids
+        assert model.detokenize(ids) == text
+
+    check()
+
+
+def test_begin_and_end_tokens(tmp_path: Path) -> None:
+    _, keys = reference.trained_byte_level("gpt-2", special=SPECIAL)
+    for add_bos in (False, True):
+        for add_eos in (False, True):
+            path = tmp_path / "model.gguf"
+            flags = {
+                "tokenizer.ggml.add_bos_token": add_bos,
+                "tokenizer.ggml.add_eos_token": add_eos,
+            }
+            write_tiny(path, tokenizer={**keys, **flags}, n_layer=1)
+            with smallm.load(path) as model:
+                bare = model.tokenize("a b", add_special=False)
+                assert model.tokenize("a b") == [0] * add_bos + bare + [1] * add_eos
+                assert model.tokenize("") == [0] * add_bos + [1] * add_eos
+
+
+def test_begin_token_where_the_file_does_not_say(tmp_path: Path) -> None:
+    for name, added in (("llama-bpe", True), ("gpt-2", False), ("command-r", False)):
+        keys = dict(reference.trained_byte_level(name, special=SPECIAL)[1])
+        del keys["tokenizer.ggml.add_bos_token"]
+        path = tmp_path / f"{name}.gguf"
+        write_tiny(path, tokenizer=keys, n_layer=1)
+        with smallm.load(path) as model:
+            assert model.tokenize("")[:1] == [0] * added
+
+
+def test_missing_bytes_are_dropped(load: Callable[..., Any]) -> None:
+    """As `tokenizers` does: SmolLM2 has no token for some control characters."""
+    _, keys = reference.trained_byte_level("gpt-2", special=SPECIAL)
+    gone = reference.byte_symbols()[0x04]
+    tokens = [t if t != gone else "unused" for t in keys["tokenizer.ggml.tokens"]]
+    keys = {**keys, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.unknown_token_id": 0}
+    model = load("missing byte", keys)
+    ids = model.tokenize("a\x04b\x04", add_special=False)
+    assert model.detokenize(ids) == "ab"
+    assert 0 not in ids
+
+
+# ---- SentencePiece -------------------------------------------------------------------------------
+
+USER_PIECES = ("<tool>", "</tool>", "▁▁▁", "123")
+# U+2581 stands for a space: such a text does not come back.  sentencepiece takes a NUL for an end.
+sp_texts = texts.map(lambda text: text.replace("\u2581", "").replace("\0", ""))
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("user", [(), USER_PIECES])
+def test_sentencepiece_ids(
+    load: Callable[..., Any], fallback: bool, prefix: bool, user: tuple[str, ...]
+) -> None:
+    oracle, keys = reference.trained_sentencepiece(
+        byte_fallback=fallback, add_dummy_prefix=prefix, user=user
+    )
+    model = load(f"sentencepiece {fallback} {prefix} {user}", keys)
+    parts = st.lists(st.one_of(sp_texts, st.sampled_from(["<tool>", "</tool>", "   ", "1234"])))
+
+    @SETTINGS
+    @given(parts.map("".join))
+    def check(text: str) -> None:
+        ids = model.tokenize(text, add_special=False)
+        assert ids == oracle.encode(text)
+        assert model.tokenize(text) == [1, *ids]
+        if fallback:
+            assert model.detokenize(ids) == text
+            assert model.detokenize([1, *ids]) == text
+
+    check()
+
+
+def test_sentencepiece_nul(load: Callable[..., Any]) -> None:
+    model = load("nul", reference.trained_sentencepiece()[1])
+    ids = model.tokenize("a\0b", add_special=False)
+    zero = reference.trained_sentencepiece()[0].piece_to_id("<0x00>")
+    assert zero in ids
+    assert model.detokenize(ids) == "a\0b"
+
+
+def test_sentencepiece_special(load: Callable[..., Any]) -> None:
+    """A text after a control token begins as the first one does, and comes back without it."""
+    oracle, keys = reference.trained_sentencepiece(user=USER_PIECES)
+    model = load("sentencepiece special", keys)
+    parts = st.lists(st.one_of(sp_texts, st.sampled_from(["<s>", "</s>", "<tool>", "   "])))
+
+    @SETTINGS
+    @given(parts.map("".join))
+    def check(text: str) -> None:
+        ids = model.tokenize(text, add_special=False, parse_special=True)
+        expected: list[int] = []
+        for i, half in enumerate(text.split("<s>")):
+            expected += [1] * (i > 0)
+            for k, part in enumerate(half.split("</s>")):
+                expected += [2] * (k > 0) + oracle.encode(part)
+        assert ids == expected
+        assert model.detokenize(ids, skip_special=False) == text
+
+    check()
+
+
+def check_sentencepiece(model: Any, oracle: Any) -> None:
+    @SETTINGS
+    @given(sp_texts)
+    def check(text: str) -> None:
+        ids = model.tokenize(text, add_special=False)
+        assert ids == oracle.encode(text)
+        assert model.detokenize(ids) == text
+
+    check()
+
+
+def sentencepiece_packages() -> list[Path]:
+    """Real vocabularies, where a package that carries them is installed."""
+    found = importlib.util.find_spec("mistral_common")
+    if found is None or found.origin is None:
+        return []
+    return sorted((Path(found.origin).parent / "data").glob("*.model.v*"))
+
+
+@pytest.mark.skipif(not sentencepiece_packages(), reason="mistral-common is not installed")
+def test_real_sentencepiece(load: Callable[..., Any]) -> None:
+    for path in sentencepiece_packages():
+        oracle, keys = reference.sentencepiece_keys(path.read_bytes())
+        model = load(path.name, keys)
+
+        check_sentencepiece(model, oracle)
+
+
+# ---- the real file -------------------------------------------------------------------------------
+
+
+def real_model() -> Path | None:
+    """SmolLM2 from SMALLM_TEST_MODELS or the cache, where it is there."""
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    cache = os.environ.get("SMALLM_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    folders = [os.environ.get("SMALLM_TEST_MODELS"), cache]
+    for folder in folders:
+        if folder:
+            for path in sorted(Path(folder).expanduser().glob(f"**/{name}")):
+                return path
+    return None
+
+
+GOLDEN = {
+    "The capital of France is": [504, 3575, 282, 4649, 314],
+    "Hello, world! 12345\n": [19556, 28, 905, 17, 216, 33, 34, 35, 36, 37, 198],
+    "<|im_start|>user\nHi<|im_end|>\n": [1, 4093, 198, 26843, 2, 198],
+}
+
+
+@pytest.mark.skipif(real_model() is None, reason="the SmolLM2 file is not here")
+def test_smollm2() -> None:
+    path = real_model()
+    assert path is not None
+    oracle = reference.from_gguf(path)
+    present = reference.encodable(oracle.get_vocab())
+    with smallm.load(path) as model:
+        for text, ids in GOLDEN.items():
+            assert model.tokenize(text, parse_special=True) == ids
+            assert oracle.encode(text).ids == ids
+
+        @SETTINGS
+        @given(texts)
+        def check(text: str) -> None:
+            oracle.encode_special_tokens = True
+            ids = model.tokenize(text)
+            assert ids == oracle.encode(text).ids
+            if present >= set(text.encode()):
+                assert model.detokenize(ids) == text
+
+        check()
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_lone_surrogates_are_refused(load: Callable[..., Any]) -> None:
+    model = load("gpt-2", reference.trained_byte_level("gpt-2")[1])
+    for text in ("\ud800", "ab\udfff", "\ud83d \ude00"):
+        with pytest.raises(ValueError, match=r"surrogate|UTF-8"):
+            model.tokenize(text)
+
+
+def test_ids_out_of_range_are_refused(load: Callable[..., Any]) -> None:
+    model = load("gpt-2", reference.trained_byte_level("gpt-2")[1])
+    for bad in (-1, 1400, 2**31 - 1):
+        with pytest.raises(ValueError, match="1399"):
+            model.detokenize([5, bad])
+
+
+@pytest.mark.parametrize(
+    ("text", "n"),
+    [
+        ("a", 1_000_000),
+        (" ", 1_000_000),
+        ("\n", 1_000_000),
+        ("\r\n", 500_000),
+        ("7", 1_000_000),
+        ("'", 1_000_000),
+        ("  x", 300_000),
+        ("<|im_start", 100_000),
+        ("\u4e2d\u0301", 200_000),
+    ],
+)
+def test_long_runs_come_back(load: Callable[..., Any], text: str, n: int) -> None:
+    """One piece of a megabyte; quadratic work would take hours."""
+    keys = reference.trained_byte_level("gpt-2", special=SPECIAL, user=USER)[1]
+    for model in (load("gpt-2 special", keys), load("nul", reference.trained_sentencepiece()[1])):
+        ids = model.tokenize(text * n, parse_special=True)
+        assert model.detokenize(ids, skip_special=False) in (text * n, "<s>" + text * n)
+
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def with_token(i: int, text: str) -> Change:
+    def change(keys: dict[str, Any]) -> dict[str, Any]:
+        tokens = list(keys["tokenizer.ggml.tokens"])
+        tokens[i] = text
+        return {"tokenizer.ggml.tokens": tokens}
+
+    return change
+
+
+def with_merge(text: str) -> Change:
+    return lambda keys: {"tokenizer.ggml.merges": [*keys["tokenizer.ggml.merges"], text]}
+
+
+def with_key(key: str, value: Any) -> Change:
+    return lambda keys: {"tokenizer.ggml." + key: value}
+
+
+def with_first_merge_again(keys: dict[str, Any]) -> dict[str, Any]:
+    return with_merge(keys["tokenizer.ggml.merges"][0])(keys)
+
+
+NAN, MINUS_INFINITY = float("nan"), float("-inf")
+CORRUPT: list[tuple[str, str, Change]] = [
+    ("gpt2", 'both "<|endoftext|>"', with_token(9, "<|endoftext|>")),
+    ("gpt2", "token_type has 2 entries for 1400 tokens", with_key("token_type", types(1, 1))),
+    ("gpt2", "of token 1399 is 77", with_key("token_type", types(*[1] * 1399, 77))),
+    ("gpt2", "scores has 2 entries", with_key("scores", [0.0, 1.0])),
+    ("gpt2", "scores of token 1399 is nan", with_key("scores", [0.0] * 1399 + [NAN])),
+    ("gpt2", "not two tokens with a space", with_merge("ab")),
+    ("gpt2", "its first part is not a token", with_merge("qqqq e")),
+    ("gpt2", "its second part is not a token", with_merge("e qqqq")),
+    ("gpt2", "what it makes is not a token", with_merge("q q")),
+    ("gpt2", "merges, entries 0 and ", with_first_merge_again),
+    ("gpt2", "bos_token_id is 1400, not a token 0 .. 1399", with_key("bos_token_id", 1400)),
+    ("gpt2", "eot_token_id is -1", with_key("eot_token_id", -1)),
+    ("gpt2", "bos_token_id", with_key("bos_token_id", "one")),
+    ("gpt2", "tokens is an array of", with_key("tokens", [1, 2, 3])),
+    ("llama", "scores has 5 entries for 900 tokens", with_key("scores", [0.0] * 5)),
+    ("llama", "scores of token 0 is -inf", with_key("scores", [MINUS_INFINITY] * 900)),
+    ("llama", "not like <0x0A>", with_token(7, "<0xZZ>")),
+    ("llama", "256 of the 256 byte tokens", with_key("token_type", types(*[1] * 900))),
+]
+
+
+@pytest.mark.parametrize(("model", "match", "change"), CORRUPT)
+def test_corrupt_vocabularies_are_refused(
+    tmp_path: Path, model: str, match: str, change: Change
+) -> None:
+    if model == "gpt2":
+        keys = reference.trained_byte_level("gpt-2", special=SPECIAL)[1]
+    else:
+        keys = dict(reference.trained_sentencepiece()[1])
+        if "byte tokens" in match:
+            del keys["tokenizer.ggml.unknown_token_id"]
+    refuse(tmp_path, smallm.CorruptModelError, re.escape(match), {**keys, **change(keys)})
+
+
+@pytest.mark.parametrize("key", ["merges", "model", "tokens"])
+def test_missing_keys_are_refused(tmp_path: Path, key: str) -> None:
+    keys = reference.trained_byte_level("gpt-2")[1]
+    path = tmp_path / "refused.gguf"
+    write_tiny(path, tokenizer=keys, n_layer=1, extra={"tokenizer.ggml." + key: None})
+    with pytest.raises(smallm.CorruptModelError, match=f"{key} is missing"):
+        smallm.load(path)
+
+
+def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    keys = reference.trained_byte_level("gpt-2")[1]
+    for key, match in (("model", "gpt2, llama"), ("pre", "gpt-2, .*qwen2")):
+        changed = {**keys, "tokenizer.ggml." + key: "klingon"}
+        refuse(tmp_path, smallm.UnsupportedModelError, f"klingon.*{match}", changed)

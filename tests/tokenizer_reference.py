@@ -1,0 +1,327 @@
+"""Tokenizers of other projects, as references: `tokenizers` and `sentencepiece`.
+
+Vocabularies are trained here, under the pre-tokenizers that the models' own tokenizer.json files
+have, and given back as the tokenizer.ggml.* keys that `tiny.write_tiny` takes.  Nothing in this
+file uses smallm.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import sentencepiece as spm
+from gguf import GGUFReader, GGUFValueType
+from sentencepiece import sentencepiece_model_pb2  # type: ignore[import-untyped]
+from tiny import KV, byte_symbols
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# ---- pre-tokenizers --------------------------------------------------------------------------
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+CASED = (
+    "\u0041-\u005a\u0061-\u007a\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf"
+    "\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376-\u0377\u037b-\u037d\u037f\u0386"
+    "\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556"
+    "\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b"
+    "\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d"
+    "\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe"
+    "\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
+    "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d"
+    "\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183-\u2184\u2c00-\u2c7b"
+    "\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2-\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f"
+    "\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a"
+    "\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb"
+    "\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+WESTERN = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
+ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def byte_level(*, regex: bool) -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+
+
+def digits() -> Any:
+    return pre_tokenizers.Digits(individual_digits=True)
+
+
+def pre_tokenizer(name: str) -> Any:
+    """What the family's tokenizer.json has; `default` has no family and is llama.cpp's."""
+    if name in ("gpt-2", "gpt-neox", "mpt"):
+        steps = [byte_level(regex=True)]
+    elif name in ("smollm", "starcoder", "refact", "command-r"):
+        steps = [digits(), byte_level(regex=True)]
+    elif name == "llama-bpe":
+        steps = [split(LLAMA3), byte_level(regex=False)]
+    elif name == "qwen2":
+        steps = [split(QWEN2), byte_level(regex=False)]
+    elif name == "falcon":
+        steps = [
+            pre_tokenizers.Punctuation("contiguous"),
+            byte_level(regex=True),
+            pre_tokenizers.Digits(individual_digits=False),
+            split("[0-9][0-9][0-9]"),
+        ]
+    elif name == "default":
+        steps = [
+            split(r"[\p{P}\$\+<=>\^~\|]+"),
+            split(GPT2),
+            split(r"\p{N}+"),
+            split("[0-9][0-9][0-9]"),
+            byte_level(regex=False),
+        ]
+    elif name == "deepseek-coder":
+        steps = [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split(ASIAN)]
+        steps += [digits(), byte_level(regex=False)]
+    elif name == "deepseek-llm":
+        steps = [split("[\r\n]"), split(rf"\s?[{CASED}]+"), split(rf"\s?[{WESTERN}]+")]
+        steps += [split(r"\s+$"), split(ASIAN), digits(), byte_level(regex=False)]
+    else:
+        raise ValueError(f"no pre-tokenizer {name!r}")
+    return pre_tokenizers.Sequence(steps)
+
+
+PRE_TOKENIZERS = (
+    *("gpt-2", "default", "smollm", "llama-bpe", "qwen2", "starcoder", "deepseek-llm"),
+    *("deepseek-coder", "falcon", "mpt", "refact", "command-r", "gpt-neox"),
+)
+
+
+_CUTS = {
+    "P": (pre_tokenizers.Punctuation("contiguous"), "a"),
+    "N": (digits(), "a"),
+    "L": (split(r"\p{L}"), "1"),
+}
+
+
+@cache
+def agreed(c: str) -> bool:
+    """Whether the reference's Unicode tables say of this character what this Python's do.
+
+    Punctuation comes from an old version there (about 8), letters, numbers and spaces from 16.
+    """
+    category = unicodedata.category(c)
+    if category in ("Cs", "Cn"):
+        return False
+    for letter, (step, side) in _CUTS.items():
+        if letter == "P" and c.isascii():
+            continue
+        # Between two characters of another class, one of its class is cut out.
+        cut = len(step.pre_tokenize_str(side + c + side)) == 3
+        if cut != (category[0] == letter):
+            return False
+    return True
+
+
+# ---- texts -----------------------------------------------------------------------------------
+
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+FRAGMENTS = [
+    "'s", "'S", "'t", "'re", "'RE", "'Ve", "'ll", "'LL", "'d", "'M", "'\u017f", "\u2019s", "'",
+    "''", " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "\r", "\x0b", "\x0c", "\x85", "\xa0",
+    "\u2003", "\u2028", "\u3000", "\u200b", "\u200d", "\ufeff", "\x00", "\x01", "\x1b[0m", "\x7f",
+    "0", "1", "12", "123", "1234567", "3.14", "1,000", "\u0663\u0664", "\xb2", "\xbd", "\u2167",
+    "\u4e09", "a", "the", " the", "The", "HELLO", "don't", "WE'LL", "x'sy", "caf\xe9", "cafe\u0301",
+    "na\xefve", "\u0130", "\xdf", "\u01c5", "\u02b0", "\u212a", "\u2126", "\u1f7d", "\u0561",
+    "\u10d0", "\ufb01", "\u041f\u0440\u0438\u0432\u0435\u0442", "\u03b1\u03b2\u03b3",
+    "\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627",
+    "\u0928\u092e\u0938\u094d\u0924\u0947", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u4f60\u597d",
+    "\u4e16\u754c", "\u3053\u3093", "\u30ab\u30bf", "\uc548\ub155", "\u1100\u1161", "\U00020000",
+    "\U0001f600", FAMILY, "\U0001f44d\U0001f3fd", "\U0001f1e9\U0001f1ea", "\u2764\ufe0f",
+    "\U0001d54f", "!", "!!!", "...", "\u2026", "(", ")", "=>", "$", "`", "```", "<|im", "|>", "_",
+    "__init__", "#", "@", "\u201cq\u201d", "\xab", "\u3002", "\uff0c", "\uff21", "+", "-", "*/",
+    "\\n", "\u0301", "\u0301\u0301", "e\u0328\u0301", "http://a.b/c?d=1&e", "def f(x):",
+    "    return", "\ue000", "\U0010ffff",
+]  # fmt: skip
+
+_WORDS = (
+    "the of and to in is was it for on with he be at by had not are but from or have an they "
+    "which one you were all her she there would their we him been has when who will no more if "
+    "out so up said what its about than into them can only other time new some could these two "
+    "may first then do any like my now over such our man even most me after also did many "
+    "before must through years where much your way well down should because each just those "
+    "people how too little state good very make world still see own work men day get here "
+    "between both life being under three never know same last another while us off might great "
+    "go come since against right came take used himself few house use place during high without "
+    "again home around small however found thought went say part once general upon school every "
+    "don't it's we're I'll he'd der die und den von das mit sich des auf für ist dem nicht ein "
+    "eine als auch über größe le la les des est que qui dans pour une sur avec été être à déjà "
+    "и в не на что он я с как это по но они мы 你好 世界 我们 他们 今天 明天 こんにちは "
+    "ありがとう 안녕 감사 مرحبا שלום "
+    "import return class self None print( ); }; if( == "
+)
+WORDS = _WORDS.split()
+
+
+@lru_cache
+def corpus(seed: int = 0, n_lines: int = 3000) -> tuple[str, ...]:
+    """Lines of frequent words, numbers, code, several scripts and the hostile fragments."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(n_lines):
+        line = ""
+        for _ in range(rng.randint(3, 14)):
+            kind = rng.random()
+            if kind < 0.7:
+                line += " " * (rng.random() < 0.9) + WORDS[int(len(WORDS) * rng.random() ** 2)]
+            elif kind < 0.8:
+                line += " " + str(rng.randint(0, 10 ** rng.randint(1, 6)))
+            else:
+                line += rng.choice(FRAGMENTS)
+        lines.append(line + rng.choice(["\n", "\r\n", "\n\n    ", ".\n", "", "  "]))
+    return tuple(lines)
+
+
+# ---- byte-level BPE ----------------------------------------------------------------------------
+
+
+def byte_level_tokenizer(
+    name: str, vocab: dict[str, int], merges: Sequence[tuple[str, str]]
+) -> Tokenizer:
+    whole = name == "llama-bpe"
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), ignore_merges=whole))
+    tokenizer.pre_tokenizer = pre_tokenizer(name)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@lru_cache
+def trained_byte_level(
+    name: str,
+    n_vocab: int = 1400,
+    *,
+    special: tuple[str, ...] = (),
+    user: tuple[str, ...] = (),
+    crossing: bool = False,
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """A vocabulary trained under the pre-tokenizer: the reference and its GGUF keys.
+
+    special: control tokens, the first ids, the first of them BOS and the second EOS.
+    user: user-defined tokens, the last ids.
+    crossing: train without the pre-tokenizer, on whole lines.  Such merges cross every place where
+      it splits, so that a split too few shows in the ids as a split too many always does.
+    """
+    tokenizer = byte_level_tokenizer(name, {}, [])
+    if crossing:
+        tokenizer.pre_tokenizer = byte_level(regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.pre_tokenizer = pre_tokenizer(name)
+    tokenizer.add_tokens([AddedToken(text, normalized=True) for text in user])
+    return tokenizer, byte_level_keys(name, tokenizer)
+
+
+def byte_level_keys(name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    tokens = [""] * len(vocab)
+    for text, i in vocab.items():
+        tokens[i] = text
+    types = [NORMAL] * len(tokens)
+    for i, added in tokenizer.get_added_tokens_decoder().items():
+        types[i] = CONTROL if added.special else USER_DEFINED
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": KV(GGUFValueType.ARRAY, types, GGUFValueType.INT32),
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    if types.count(CONTROL) >= 2:
+        keys["tokenizer.ggml.bos_token_id"] = types.index(CONTROL)
+        keys["tokenizer.ggml.eos_token_id"] = types.index(CONTROL) + 1
+    return keys
+
+
+def from_gguf(path: Path) -> Tokenizer:
+    """`tokenizers` over the vocabulary of a byte-level GGUF file; control tokens are special."""
+    fields = GGUFReader(path).fields
+
+    def get(key: str) -> Any:
+        return fields["tokenizer.ggml." + key].contents()
+
+    tokens, types = get("tokens"), get("token_type")
+    vocab = {t: i for i, t in enumerate(tokens)}
+    merges = [tuple(m.split(" ")) for m in get("merges")]
+    tokenizer = byte_level_tokenizer(get("pre"), vocab, merges)
+    tokenizer.add_special_tokens([tokens[i] for i, kind in enumerate(types) if kind == CONTROL])
+    return tokenizer
+
+
+def encodable(tokens: Iterable[str]) -> frozenset[int]:
+    """Bytes that a byte-level vocabulary has a token for."""
+    present = set(tokens)
+    return frozenset(b for b, symbol in enumerate(byte_symbols()) if symbol in present)
+
+
+# ---- SentencePiece -------------------------------------------------------------------------------
+
+
+@lru_cache
+def trained_sentencepiece(
+    n_vocab: int = 900,
+    *,
+    byte_fallback: bool = True,
+    add_dummy_prefix: bool = True,
+    user: tuple[str, ...] = (),
+) -> tuple[spm.SentencePieceProcessor, dict[str, Any]]:
+    """A BPE vocabulary trained as Llama's was: no normalization, no space removed."""
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=(line.rstrip("\r\n").replace("\0", "") for line in corpus()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=n_vocab,
+        byte_fallback=byte_fallback,
+        add_dummy_prefix=add_dummy_prefix,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.995,
+        user_defined_symbols=list(user),
+        minloglevel=2,
+    )
+    return sentencepiece_keys(model.getvalue())
+
+
+def sentencepiece_keys(model: bytes) -> tuple[spm.SentencePieceProcessor, dict[str, Any]]:
+    """The processor of a serialized model, and its GGUF keys as a converter writes them."""
+    processor = spm.SentencePieceProcessor(model_proto=model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    types = [int(piece.type) for piece in proto.pieces]
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
+        "tokenizer.ggml.scores": [float(piece.score) for piece in proto.pieces],
+        "tokenizer.ggml.token_type": KV(GGUFValueType.ARRAY, types, GGUFValueType.INT32),
+        "tokenizer.ggml.bos_token_id": processor.bos_id(),
+        "tokenizer.ggml.eos_token_id": processor.eos_id(),
+        "tokenizer.ggml.unknown_token_id": processor.unk_id(),
+        "tokenizer.ggml.add_space_prefix": proto.normalizer_spec.add_dummy_prefix,
+    }
+    return processor, keys
