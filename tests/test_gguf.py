@@ -4,7 +4,6 @@ or tensor, the value and the limit."""
 from __future__ import annotations
 
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -339,15 +338,21 @@ def test_split_models_with_a_part_missing(made: tiny.Tiny, tmp_path: Path) -> No
     assert third.name in refusal(first, "ModelNotFoundError")
 
 
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
-    assert "absent.gguf" in refusal(tmp_path / "absent.gguf", "ModelNotFoundError")
-    below = tmp_path / "file"
-    below.write_bytes(b"")
-    assert "no such file" in refusal(below / "model.gguf", "ModelNotFoundError")
+def test_paths_that_are_no_files(tmp_path: Path, c_tests: CTests) -> None:
+    """Nothing hangs, and what is missing is told apart from what cannot be read."""
+    absent = tmp_path / "absent.gguf"
+    below = tmp_path / "file" / "model.gguf"
+    below.parent.write_bytes(b"")
+    for path in (absent, below):
+        assert path.name in refusal(path, "ModelNotFoundError")
+        assert dump(c_tests, path) == [f"error -4 {path}: cannot open: no such file"]
+    assert dump(c_tests, tmp_path)[0].startswith(f"error -3 {tmp_path}: not a regular file")
     if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe.gguf")
-        with pytest.raises(smallm.SmallmError, match=re.escape("not a regular file")):
-            smallm.load(tmp_path / "pipe.gguf")
+        pipe = tmp_path / "pipe.gguf"
+        os.mkfifo(pipe)
+        assert dump(c_tests, pipe) == [f"error -3 {pipe}: not a regular file"]
+        with pytest.raises(smallm.SmallmError):
+            smallm.load(pipe)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
@@ -377,5 +382,6 @@ def test_claims_do_not_cost_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
         capture_output=True,
         text=True,
+        cwd=tmp_path,  # not where the package's source would hide the installed one
     )
     assert done.stdout.strip() == str(len(list(tmp_path.iterdir()))), done.stderr
