@@ -6,9 +6,9 @@
  *   check_kernels --quick              fewer and smaller cases (for sanitizers)
  *   check_kernels --bench [PATTERN]    times of the tiers and slots whose line contains PATTERN
  *
- * The reference is written here a second time, straight from the contract and from the file formats:
- * the generic tier is held to it like the others.  It shares sm_fma and sm_expf with the kernels;
- * both are checked against libm.  A case is determined by its seed. */
+ * The reference is written here a second time, straight from the contract and from the file
+ * formats: the generic tier is held to it like the others.  It shares sm_fma and sm_expf with the
+ * kernels; both are checked against libm.  A case is determined by its seed. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -32,14 +32,14 @@ struct tier {
 static struct tier tiers[16];
 static size_t n_tiers;
 
-static const char *slot;     /* being checked */
-static char shape[160];      /* of the case */
+static const char *slot; /* being checked */
+static char shape[160]; /* of the case */
 static uint64_t case_seed;
 static size_t n_failures;
 static bool quick;
-static void *scratch;        /* SM_SCRATCH_BYTES */
+static void *scratch; /* SM_SCRATCH_BYTES */
 
-/* ---- numbers ------------------------------------------------------------------------------------ */
+/* ---- numbers ---- */
 
 static uint64_t rng;
 
@@ -59,13 +59,13 @@ static float any_finite(void) {
 }
 
 enum fill {
-    FILL_USUAL,    /* of the order of 1, some outliers */
+    FILL_USUAL, /* of the order of 1, some outliers */
     FILL_ZERO,
-    FILL_TINY,     /* around 2^-100, where activations become zero */
+    FILL_TINY, /* around 2^-100, where activations become zero */
     FILL_SUBNORMAL,
-    FILL_HUGE,     /* up to FLT_MAX */
-    FILL_MIXED,    /* every exponent */
-    FILL_TIES,     /* halves, with a largest value of 127 */
+    FILL_HUGE, /* up to FLT_MAX */
+    FILL_MIXED, /* every exponent */
+    FILL_TIES, /* halves, with a largest value of 127 */
     FILL_SPARSE,
     FILL_COUNT
 };
@@ -101,7 +101,7 @@ static void *allocate(size_t n) {
 }
 static float *floats(size_t n) { return allocate(n * sizeof(float)); }
 
-/* ---- verdicts ----------------------------------------------------------------------------------- */
+/* ---- verdicts ---- */
 
 static void fail(const char *tier, const char *what) {
     if (n_failures++ < 20)
@@ -114,7 +114,8 @@ static bool same_float(float a, float b) {
     return sm_bits_of_float(a) == sm_bits_of_float(b) || (isnan(a) && isnan(b));
 }
 
-static void compare(const char *tier, const char *what, const float *got, const float *want, size_t n) {
+static void compare(const char *tier, const char *what, const float *got, const float *want,
+                    size_t n) {
     for (size_t i = 0; i < n; i++) {
         if (same_float(got[i], want[i])) continue;
         char text[160];
@@ -137,7 +138,7 @@ static void compare_bytes(const char *tier, const char *what, const void *got, c
     }
 }
 
-/* ---- fma and expf against libm ------------------------------------------------------------------- */
+/* ---- fma and expf against libm ---- */
 
 static void case_fma(uint64_t seed) {
     (void)seed;
@@ -177,7 +178,8 @@ static void check_expf(float x) {
         double want = exp((double)x);
         int exponent;
         frexp(want, &exponent);
-        if (fabs((double)got - want) > 0.902 * ldexp(1, exponent - 24)) fail("scalar", "off by too much");
+        if (fabs((double)got - want) > 0.902 * ldexp(1, exponent - 24))
+            fail("scalar", "off by too much");
     }
 }
 
@@ -185,9 +187,12 @@ static void case_expf(uint64_t seed) {
     if (seed % 16 == 0) {
         for (uint32_t e = 0; e < 512; e++) /* every exponent and sign */
             for (int i = 0; i < 8; i++)
-                check_expf(sm_float_of_bits(e << 23 | (i == 0 ? 0 : i == 1 ? 0x7fffff
-                                                                   : (uint32_t)random64() & 0x7fffff)));
-        const float special[] = {0.0f, -0.0f, 1.0f, SM_EXPF_MIN, SM_EXPF_MAX, INFINITY, -INFINITY, NAN};
+                check_expf(
+                    sm_float_of_bits(e << 23 | (i == 0   ? 0
+                                                : i == 1 ? 0x7fffff
+                                                         : (uint32_t)random64() & 0x7fffff)));
+        const float special[] = {0.0f,        -0.0f,    1.0f,      SM_EXPF_MIN,
+                                 SM_EXPF_MAX, INFINITY, -INFINITY, NAN};
         for (size_t i = 0; i < SM_COUNT(special); i++) check_expf(special[i]);
         shape[0] = 0;
         if (sm_expf(0.0f) != 1.0f || sm_expf(-0.0f) != 1.0f) fail("scalar", "expf(0) is not 1");
@@ -202,8 +207,16 @@ static void case_vector_expf(uint64_t seed) {
     static float k[HEAD][SM_CHUNK], v[SM_CHUNK][HEAD], q[HEAD];
     float m, l, o[HEAD], want[HEAD];
     int16_t lo = 0, hi = SM_CHUNK;
-    struct sm_attend a = {.q = q, .lo = &lo, .hi = &hi, .n_q = 1, .head = HEAD,
-                          .kv_type = SMALLM_KV_F32, .m = &m, .l = &l, .o = o, .scratch = scratch};
+    struct sm_attend a = {.q = q,
+                          .lo = &lo,
+                          .hi = &hi,
+                          .n_q = 1,
+                          .head = HEAD,
+                          .kv_type = SMALLM_KV_F32,
+                          .m = &m,
+                          .l = &l,
+                          .o = o,
+                          .scratch = scratch};
     q[0] = 1.0f;
     for (size_t p = 0; p < SM_CHUNK_PAGES; p++) {
         a.k[p] = (float *)k + p * SM_PAGE * HEAD;
@@ -225,7 +238,7 @@ static void case_vector_expf(uint64_t seed) {
     }
 }
 
-/* ---- activations ---------------------------------------------------------------------------------- */
+/* ---- activations ---- */
 
 static struct sm_acts make_acts(enum sm_act act, size_t n, size_t k) {
     struct sm_acts a;
@@ -277,7 +290,8 @@ static void compare_acts(const char *tier, enum sm_act act, const struct sm_acts
     compare_bytes(tier, "q", got->q + row * k, want->q + row * k, k);
     compare(tier, "d", got->d + row * n_blocks, want->d + row * n_blocks, n_blocks);
     compare_bytes(tier, "sum", got->sum + row * n_sums, want->sum + row * n_sums, n_sums * 4);
-    if (act == SM_ACT_Q8_32) compare(tier, "s", got->s + row * n_blocks, want->s + row * n_blocks, n_blocks);
+    if (act == SM_ACT_Q8_32)
+        compare(tier, "s", got->s + row * n_blocks, want->s + row * n_blocks, n_blocks);
 }
 
 static void case_prepare(uint64_t seed) {
@@ -285,11 +299,13 @@ static void case_prepare(uint64_t seed) {
     size_t k = 1 + below(below(4) ? 300 : 3000), row = below(3);
     if (below(2)) k = sm_round_up(k, act == SM_ACT_Q8_256 ? 256 : 32);
     enum fill kind = (enum fill)(seed / SM_ACT_COUNT % (FILL_COUNT + 1));
-    snprintf(shape, sizeof shape, "format %d, k %zu, row %zu, fill %d", (int)act, k, row, (int)kind);
+    snprintf(shape, sizeof shape, "format %d, k %zu, row %zu, fill %d", (int)act, k, row,
+             (int)kind);
     float *x = floats(k);
     fill(x, k, kind == FILL_COUNT ? FILL_USUAL : kind);
     if (kind == FILL_COUNT) /* another kind in each block */
-        for (size_t i = 0; i < k; i += 32) fill(x + i, SM_MIN(32, k - i), (enum fill)below(FILL_COUNT));
+        for (size_t i = 0; i < k; i += 32)
+            fill(x + i, SM_MIN(32, k - i), (enum fill)below(FILL_COUNT));
     struct sm_acts want = make_acts(act, 3, k), got = make_acts(act, 3, k);
     ref_prepare(act, &want, row, x);
     for (size_t i = 0; i < n_tiers; i++) {
@@ -299,21 +315,22 @@ static void case_prepare(uint64_t seed) {
     const float bad[] = {INFINITY, -INFINITY, NAN, -NAN};
     x[below(k)] = bad[below(4)];
     for (size_t i = 0; i < n_tiers; i++)
-        if (tiers[i].k.prepare[act](&got, row, x)) fail(tiers[i].name, "a non-finite value accepted");
+        if (tiers[i].k.prepare[act](&got, row, x))
+            fail(tiers[i].name, "a non-finite value accepted");
     free_acts(&want);
     free_acts(&got);
     free(x);
 }
 
-/* ---- matrix products ------------------------------------------------------------------------------- */
+/* ---- matrix products ---- */
 
 /* One block of a row as integers, by the file format: weight c is
  * d * scale * code - dmin * min of its sub-block (Q4_1 and Q5_1: d * code + dmin). */
 struct block {
     float d, dmin;
-    int code[256];              /* less the format's offset */
-    int scale[16], min[16];     /* per 16 columns */
-    int group;                  /* columns of one fma; 0: a float */
+    int code[256]; /* less the format's offset */
+    int scale[16], min[16]; /* per 16 columns */
+    int group; /* columns of one fma; 0: a float */
     bool float_min, int_min;
 };
 
@@ -321,7 +338,8 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
     *b = (struct block){.d = sm_f16_at(p)};
     for (int i = 0; i < 16; i++) b->scale[i] = 1;
     switch (t) {
-    case SM_TYPE_Q4_0: case SM_TYPE_Q4_1:
+    case SM_TYPE_Q4_0:
+    case SM_TYPE_Q4_1:
         b->group = 32;
         b->float_min = t == SM_TYPE_Q4_1;
         if (b->float_min) b->dmin = sm_f16_at(p + 2);
@@ -330,7 +348,8 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
             b->code[i] = (i < 16 ? byte % 16 : byte / 16) - (b->float_min ? 0 : 8);
         }
         break;
-    case SM_TYPE_Q5_0: case SM_TYPE_Q5_1:
+    case SM_TYPE_Q5_0:
+    case SM_TYPE_Q5_1:
         b->group = 32;
         b->float_min = t == SM_TYPE_Q5_1;
         if (b->float_min) b->dmin = sm_f16_at(p + 2);
@@ -352,7 +371,8 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
         b->dmin = sm_f16_at(p + 82);
         for (int half = 0, i = 0; half < 2; half++)
             for (int pair = 0; pair < 4; pair++)
-                for (int j = 0; j < 32; j++, i++) b->code[i] = p[16 + 32 * half + j] >> 2 * pair & 3;
+                for (int j = 0; j < 32; j++, i++)
+                    b->code[i] = p[16 + 32 * half + j] >> 2 * pair & 3;
         for (int i = 0; i < 16; i++) {
             b->scale[i] = p[i] % 16;
             b->min[i] = p[i] / 16;
@@ -376,7 +396,8 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
                 }
         break;
     }
-    case SM_TYPE_Q4_K: case SM_TYPE_Q5_K:
+    case SM_TYPE_Q4_K:
+    case SM_TYPE_Q5_K:
         b->group = t == SM_TYPE_Q4_K ? 128 : 64;
         b->int_min = true;
         b->dmin = sm_f16_at(p + 2);
@@ -396,7 +417,8 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
                 const uint8_t *low = p + (t == SM_TYPE_Q4_K ? 16 : 48);
                 int byte = low[32 * pair + j % 32], i = 64 * pair + j;
                 b->code[i] = j < 32 ? byte % 16 : byte / 16;
-                if (t == SM_TYPE_Q5_K) b->code[i] += 16 * (p[16 + j % 32] >> (2 * pair + j / 32) & 1);
+                if (t == SM_TYPE_Q5_K)
+                    b->code[i] += 16 * (p[16 + j % 32] >> (2 * pair + j / 32) & 1);
             }
         break;
     case SM_TYPE_Q6_K:
@@ -417,8 +439,8 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
 }
 
 /* out[t] of one file row for tokens first .. first + n - 1. */
-static void ref_row(enum sm_type t, const uint8_t *row, const struct sm_acts *a, size_t first, size_t n,
-                    float *out) {
+static void ref_row(enum sm_type t, const uint8_t *row, const struct sm_acts *a, size_t first,
+                    size_t n, float *out) {
     size_t size = sm_quants[t].block_size;
     for (size_t i = 0; i < n; i++) out[i] = 0.0f;
     for (size_t c = 0; c < a->k; c += size) {
@@ -465,15 +487,16 @@ static uint16_t random_scale(void) {
 static void random_blocks(enum sm_type t, uint8_t *p, size_t n_blocks) {
     /* Where the scales lie. */
     static const int at[SM_TYPE_COUNT][2] = {
-        [SM_TYPE_Q4_0] = {0, -1}, [SM_TYPE_Q4_1] = {0, 2},   [SM_TYPE_Q5_0] = {0, -1},
-        [SM_TYPE_Q5_1] = {0, 2},  [SM_TYPE_Q8_0] = {0, -1},  [SM_TYPE_Q2_K] = {80, 82},
-        [SM_TYPE_Q3_K] = {108, -1}, [SM_TYPE_Q4_K] = {0, 2}, [SM_TYPE_Q5_K] = {0, 2},
+        [SM_TYPE_Q4_0] = {0, -1},   [SM_TYPE_Q4_1] = {0, 2},  [SM_TYPE_Q5_0] = {0, -1},
+        [SM_TYPE_Q5_1] = {0, 2},    [SM_TYPE_Q8_0] = {0, -1}, [SM_TYPE_Q2_K] = {80, 82},
+        [SM_TYPE_Q3_K] = {108, -1}, [SM_TYPE_Q4_K] = {0, 2},  [SM_TYPE_Q5_K] = {0, 2},
         [SM_TYPE_Q6_K] = {208, -1}, [SM_TYPE_F16] = {0, -1},
     };
     size_t bytes = sm_quants[t].block_bytes;
     size_t flat = below(8); /* 0, 1: all codes at one end, where sums are largest */
     for (size_t b = 0; b < n_blocks; b++, p += bytes) {
-        for (size_t i = 0; i < bytes; i++) p[i] = flat == 0 ? 0 : flat == 1 ? 0xff : (uint8_t)random64();
+        for (size_t i = 0; i < bytes; i++)
+            p[i] = flat == 0 ? 0 : flat == 1 ? 0xff : (uint8_t)random64();
         if (t == SM_TYPE_F32 || t == SM_TYPE_BF16) {
             uint32_t u = sm_bits_of_float(fill_one(below(50) ? FILL_USUAL : FILL_TINY));
             memcpy(p, t == SM_TYPE_F32 ? (uint8_t *)&u : (uint8_t *)&u + 2, bytes);
@@ -517,23 +540,27 @@ static void check_rows(const struct matrix *m, const struct sm_acts *a, size_t f
     const struct sm_quant *quant = &sm_quants[m->type];
     float *file = floats(m->k), *packed = floats(m->k);
     for (size_t r = 0; r < m->n_rows; r++) {
-        quant->dequantize(m->rows + r * sm_row_bytes(m->type, m->k), file, m->k / quant->block_size);
-        sm_panel_row(m->type, m->panels + r / SM_PANEL_ROWS * m->panel_bytes, r % SM_PANEL_ROWS, m->k,
-                     packed);
+        quant->dequantize(m->rows + r * sm_row_bytes(m->type, m->k), file,
+                          m->k / quant->block_size);
+        sm_panel_row(m->type, m->panels + r / SM_PANEL_ROWS * m->panel_bytes, r % SM_PANEL_ROWS,
+                     m->k, packed);
         compare("panels", "row", packed, file, m->k);
         for (size_t t = 0; t < n; t += 7) {
             double sum = 0, size = 0;
             for (size_t c = 0; c < m->k; c++) {
                 size_t at = (first + t) * a->k_pad + c;
-                double x = quant->act == SM_ACT_F32 ? (double)a->f[at]
-                           : a->q[at] * (double)a->d[at / (quant->act == SM_ACT_Q8_256 ? 256 : 32)];
+                double x =
+                    quant->act == SM_ACT_F32
+                        ? (double)a->f[at]
+                        : a->q[at] * (double)a->d[at / (quant->act == SM_ACT_Q8_256 ? 256 : 32)];
                 sum += file[c] * x;
                 /* Codes and mins may cancel: what counts is how large they were. */
                 size += fabs(file[c] * x) + 1e-30;
             }
             double got = (double)want[t * ld + r], error = fabs(got - sum);
-            /* With mins the terms are larger than the weights; their scale is bounded by 64 times. */
-            if (isfinite(got) && error > 1e-5 * size * 64) fail("reference", "far from the file's weights");
+            /* With mins the terms are larger than the weights: 64 times is ample. */
+            if (isfinite(got) && error > 1e-5 * size * 64)
+                fail("reference", "far from the file's weights");
         }
     }
     free(file);
@@ -578,9 +605,15 @@ static void case_matmul(uint64_t seed) {
     for (size_t i = 0; i < n_tiers; i++) {
         memset(got, 0xA5, n_tokens * ld * sizeof *got);
         memset(scratch, 0xFF, SM_SCRATCH_BYTES / 4);
-        struct sm_matmul call = {.out = got, .ld = ld, .panels = m.panels, .panel_bytes = m.panel_bytes,
-                                 .n_panels = m.n_panels, .acts = &acts, .first = first,
-                                 .n_tokens = n_tokens, .scratch = scratch};
+        struct sm_matmul call = {.out = got,
+                                 .ld = ld,
+                                 .panels = m.panels,
+                                 .panel_bytes = m.panel_bytes,
+                                 .n_panels = m.n_panels,
+                                 .acts = &acts,
+                                 .first = first,
+                                 .n_tokens = n_tokens,
+                                 .scratch = scratch};
         tiers[i].k.matmul[t](&call);
         /* Nobody reads the rows of padding. */
         for (size_t j = 0; j < n_tokens; j++)
@@ -595,7 +628,7 @@ static void case_matmul(uint64_t seed) {
     free(column);
 }
 
-/* ---- attention ---------------------------------------------------------------------------------------- */
+/* ---- attention ---- */
 
 static size_t kv_size(int kv_type) { return kv_type == SMALLM_KV_F32 ? 4 : 2; }
 
@@ -629,7 +662,8 @@ static void ref_attend(const struct sm_attend *a) {
             float acc = 0;
             for (size_t d = 0; d < a->head; d++) {
                 size_t at = k_index((size_t)j, d, a->head);
-                acc = sm_fma(a->q[i * a->head + d], kv_read(a->kv_type, a->k[j / SM_PAGE], at), acc);
+                acc =
+                    sm_fma(a->q[i * a->head + d], kv_read(a->kv_type, a->k[j / SM_PAGE], at), acc);
             }
             s[j] = acc;
             if (acc > m) m = acc;
@@ -652,24 +686,27 @@ static void ref_attend(const struct sm_attend *a) {
 }
 
 static void case_attend(uint64_t seed) {
-    static const size_t heads[] = {4, 8, 12, 16, 20, 32, 36, 48, 64, 68, 80, 96, 112, 128, 192, 256, 512};
+    static const size_t heads[] = {4,  8,  12, 16,  20,  32,  36,  48, 64,
+                                   68, 80, 96, 112, 128, 192, 256, 512};
     size_t head = heads[seed % SM_COUNT(heads)], variant = (size_t)(seed / SM_COUNT(heads));
     int kv_type = variant % 3 == 2 ? SMALLM_KV_F32 : SMALLM_KV_F16;
     size_t n_q = 1 + below(variant % 2 ? SM_ATTEND_MAX : 9);
     if (variant % 8 == 7) n_q = SM_ATTEND_MAX;
     if (quick) n_q = 1 + (n_q - 1) % 15;
-    static const enum fill kinds[] = {FILL_USUAL, FILL_USUAL, FILL_ZERO, FILL_SPARSE, FILL_TINY, FILL_MIXED};
+    static const enum fill kinds[] = {FILL_USUAL,  FILL_USUAL, FILL_ZERO,
+                                      FILL_SPARSE, FILL_TINY,  FILL_MIXED};
     enum fill kind = kinds[below(SM_COUNT(kinds))];
     size_t ranges = below(4);
     float gain = (float[]){0.1f, 1.0f, 1.0f, 20.0f}[below(4)];
 
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
-    size_t first = SM_CHUNK, last = 0, group = 1 + below(8), at = below(SM_CHUNK), window = 1 + below(80);
+    size_t first = SM_CHUNK, last = 0, group = 1 + below(8), at = below(SM_CHUNK),
+           window = 1 + below(80);
     for (size_t i = 0; i < n_q; i++) {
         size_t position = SM_MIN(at + i / group, SM_CHUNK - 1);
-        size_t from = 0, to = SM_CHUNK;             /* 0: all of the chunk */
-        if (ranges == 1) to = position + 1;         /* causal */
-        if (ranges == 2) {                          /* a window */
+        size_t from = 0, to = SM_CHUNK; /* 0: all of the chunk */
+        if (ranges == 1) to = position + 1; /* causal */
+        if (ranges == 2) { /* a window */
             to = position + 1;
             from = to > window ? to - window : 0;
         }
@@ -682,12 +719,14 @@ static void case_attend(uint64_t seed) {
         first = SM_MIN(first, from);
         last = SM_MAX(last, to);
     }
-    snprintf(shape, sizeof shape, "head %zu, %zu queries, kv type %d, ranges %zu, [%zu, %zu), fill %d",
-             head, n_q, kv_type, ranges, first, last, (int)kind);
+    snprintf(shape, sizeof shape,
+             "head %zu, %zu queries, kv type %d, ranges %zu, [%zu, %zu), fill %d", head, n_q,
+             kv_type, ranges, first, last, (int)kind);
 
-    struct sm_attend a = {.lo = lo, .hi = hi, .n_q = n_q, .head = head, .kv_type = kv_type,
-                          .scratch = scratch};
-    float *q = floats(n_q * head), *want = floats(n_q * (head + 2)), *got = floats(n_q * (head + 2));
+    struct sm_attend a = {
+        .lo = lo, .hi = hi, .n_q = n_q, .head = head, .kv_type = kv_type, .scratch = scratch};
+    float *q = floats(n_q * head), *want = floats(n_q * (head + 2)),
+          *got = floats(n_q * (head + 2));
     fill(q, n_q * head, kind == FILL_MIXED && below(2) ? FILL_USUAL : kind);
     for (size_t i = 0; i < n_q * head; i++) q[i] *= gain;
     a.q = q;
@@ -731,8 +770,10 @@ static void case_attend(uint64_t seed) {
 static void case_fold(uint64_t seed) {
     size_t head = 4 * (1 + below(SM_HEAD_MAX / 4));
     enum fill kind = (enum fill)(seed % FILL_COUNT);
-    float M = uniform() * 50, m = below(4) ? uniform() * 50 : M, L = fabsf(uniform()) * 9, l = fabsf(uniform());
-    snprintf(shape, sizeof shape, "head %zu, M %a, m %a, fill %d", head, (double)M, (double)m, (int)kind);
+    float M = uniform() * 50, m = below(4) ? uniform() * 50 : M, L = fabsf(uniform()) * 9,
+          l = fabsf(uniform());
+    snprintf(shape, sizeof shape, "head %zu, M %a, m %a, fill %d", head, (double)M, (double)m,
+             (int)kind);
     float *start = floats(head), *o = floats(head), *want = floats(head), *got = floats(head);
     fill(start, head, kind);
     fill(o, head, kind);
@@ -764,9 +805,11 @@ static void case_kv_store(uint64_t seed) {
     if (seed % 2) head = (size_t[]){4, 8, 64, 80, 128}[below(5)];
     int kv_type = seed / 2 % 2 ? SMALLM_KV_F32 : SMALLM_KV_F16;
     enum fill kind = (enum fill)(seed / 4 % FILL_COUNT);
-    snprintf(shape, sizeof shape, "head %zu, slot %zu, kv type %d, fill %d", head, position, kv_type, (int)kind);
+    snprintf(shape, sizeof shape, "head %zu, slot %zu, kv type %d, fill %d", head, position,
+             kv_type, (int)kind);
     size_t bytes = SM_PAGE * head * kv_size(kv_type);
-    void *wantk = allocate(bytes), *wantv = allocate(bytes), *gotk = allocate(bytes), *gotv = allocate(bytes);
+    void *wantk = allocate(bytes), *wantv = allocate(bytes), *gotk = allocate(bytes),
+         *gotv = allocate(bytes);
     float *k = floats(head), *v = floats(head);
     fill(k, head, kind);
     fill(v, head, kind);
@@ -790,7 +833,7 @@ static void case_kv_store(uint64_t seed) {
     free(v);
 }
 
-/* ---- one vector ----------------------------------------------------------------------------------------- */
+/* ---- one vector ---- */
 
 static void case_vector(uint64_t seed) {
     size_t n = 1 + below(below(3) ? 100 : 2000);
@@ -851,7 +894,7 @@ static void case_vector(uint64_t seed) {
     free(sin);
 }
 
-/* ---- the choice of a tier ---------------------------------------------------------------------------------- */
+/* ---- the choice of a tier ---- */
 
 static void expect_tier(const char *wanted, const char *name) {
     smallm_error err = {.size = sizeof err};
@@ -897,7 +940,7 @@ static void case_dispatch(uint64_t seed) {
     free(saved);
 }
 
-/* ---- times ---------------------------------------------------------------------------------------------------- */
+/* ---- times ---- */
 
 static int ascending(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -905,7 +948,8 @@ static int ascending(const void *a, const void *b) {
 }
 
 /* Median seconds of one call. */
-static double time_of(void (*run)(const struct sm_kernels *, void *), const struct sm_kernels *k, void *arg) {
+static double time_of(void (*run)(const struct sm_kernels *, void *), const struct sm_kernels *k,
+                      void *arg) {
     double sample[15];
     size_t n = 1;
     for (;;) { /* also the warm-up */
@@ -949,15 +993,18 @@ static void run_matmul(const struct sm_kernels *k, void *arg) {
 
 static void bench_matmuls(const char *pattern) {
     for (int t = 0; t < SM_TYPE_COUNT; t++) {
-        static const struct { size_t n_rows, k, n_tokens; } sizes[] = {
-            {1 << 16, 1024, 1}, {1536, 512, 1}, {1536, 512, 5}, {1536, 512, 128}};
+        static const struct {
+            size_t n_rows, k, n_tokens;
+        } sizes[] = {{1 << 16, 1024, 1}, {1536, 512, 1}, {1536, 512, 5}, {1536, 512, 128}};
         for (size_t s = 0; s < SM_COUNT(sizes); s++) {
             size_t n_rows = sizes[s].n_rows, k = sizes[s].k, n = sizes[s].n_tokens;
             char what[100];
-            snprintf(what, sizeof what, "matmul %s %zu x %zu, %zu tokens", sm_quants[t].name, n_rows, k, n);
+            snprintf(what, sizeof what, "matmul %s %zu x %zu, %zu tokens", sm_quants[t].name,
+                     n_rows, k, n);
             if (pattern && strstr(what, pattern) == NULL) {
                 bool wanted = false; /* by the tier's name */
-                for (size_t i = 0; i < n_tiers; i++) wanted |= strstr(tiers[i].name, pattern) != NULL;
+                for (size_t i = 0; i < n_tiers; i++)
+                    wanted |= strstr(tiers[i].name, pattern) != NULL;
                 if (!wanted) continue;
             }
             struct matrix m = make_matrix((enum sm_type)t, n_rows, k);
@@ -968,9 +1015,14 @@ static void bench_matmuls(const char *pattern) {
                 ref_prepare(sm_quants[t].act, &acts, i, x);
             }
             struct bench_matmul b = {.type = (enum sm_type)t,
-                                     .call = {.out = out, .ld = n_rows, .panels = m.panels,
-                                              .panel_bytes = m.panel_bytes, .n_panels = m.n_panels,
-                                              .acts = &acts, .n_tokens = n, .scratch = scratch}};
+                                     .call = {.out = out,
+                                              .ld = n_rows,
+                                              .panels = m.panels,
+                                              .panel_bytes = m.panel_bytes,
+                                              .n_panels = m.n_panels,
+                                              .acts = &acts,
+                                              .n_tokens = n,
+                                              .scratch = scratch}};
             if (n == 1)
                 bench(pattern, what, "GB/s", (double)(m.n_panels * m.panel_bytes), run_matmul, &b);
             else
@@ -1000,10 +1052,13 @@ static void run_attend(const struct sm_kernels *k, void *arg) {
 }
 
 static void bench_attends(const char *pattern) {
-    static const struct { size_t n_q, head, n_chunks; bool causal; } sizes[] = {
-        {1, 64, 1, 0}, {3, 64, 1, 0}, {8, 128, 1, 0}, {12, 64, 1, 0}, {1, 64, 1000, 0}, {3, 64, 1000, 0}, {4, 128, 500, 0},
-        {8, 128, 500, 0}, {24, 64, 1, 0}, {64, 64, 1, 0}, {64, 80, 1, 0}, {64, 128, 1, 0}, {64, 64, 1, 1},
-        {8, 8, 1, 0}};
+    static const struct {
+        size_t n_q, head, n_chunks;
+        bool causal;
+    } sizes[] = {{1, 64, 1, 0},    {3, 64, 1, 0},    {8, 128, 1, 0},   {12, 64, 1, 0},
+                 {1, 64, 1000, 0}, {3, 64, 1000, 0}, {4, 128, 500, 0}, {8, 128, 500, 0},
+                 {24, 64, 1, 0},   {64, 64, 1, 0},   {64, 80, 1, 0},   {64, 128, 1, 0},
+                 {64, 64, 1, 1},   {8, 8, 1, 0}};
     for (size_t s = 0; s < SM_COUNT(sizes); s++)
         for (int kv = 0; kv < 2; kv++) {
             size_t n_q = sizes[s].n_q, head = sizes[s].head;
@@ -1016,17 +1071,26 @@ static void bench_attends(const char *pattern) {
                 pairs += (size_t)hi[i];
             }
             fill(q, n_q * head, FILL_USUAL);
-            struct bench_attend b = {
-                .call = {.q = q, .lo = lo, .hi = hi, .n_q = n_q, .head = head, .kv_type = kv, .m = out,
-                         .l = out + n_q, .o = out + 2 * n_q, .scratch = scratch},
-                .n_chunks = sizes[s].n_chunks, .chunk_bytes = chunk_bytes};
+            struct bench_attend b = {.call = {.q = q,
+                                              .lo = lo,
+                                              .hi = hi,
+                                              .n_q = n_q,
+                                              .head = head,
+                                              .kv_type = kv,
+                                              .m = out,
+                                              .l = out + n_q,
+                                              .o = out + 2 * n_q,
+                                              .scratch = scratch},
+                                     .n_chunks = sizes[s].n_chunks,
+                                     .chunk_bytes = chunk_bytes};
             b.memory = sm_alloc(b.n_chunks * chunk_bytes); /* on huge pages, as the cache's */
             if (b.memory == NULL) exit(2);
             for (size_t i = 0; i < b.n_chunks * chunk_bytes / kv_size(kv); i++)
                 kv_write(kv, b.memory, i, uniform());
             char what[100];
-            snprintf(what, sizeof what, "attend head %zu, %zu queries, %s%s%s", head, n_q, kv ? "f32" : "f16",
-                     sizes[s].causal ? ", causal" : "", b.n_chunks > 1 ? ", cold" : "");
+            snprintf(what, sizeof what, "attend head %zu, %zu queries, %s%s%s", head, n_q,
+                     kv ? "f32" : "f16", sizes[s].causal ? ", causal" : "",
+                     b.n_chunks > 1 ? ", cold" : "");
             if (n_q <= 8 && head > 8)
                 bench(pattern, what, "GB/s", (double)chunk_bytes, run_attend, &b);
             else
@@ -1090,7 +1154,8 @@ static void bench_vectors(const char *pattern) {
     fill(b.w, b.n, FILL_USUAL);
     memset(b.out, 0, SM_PAGE * 64 * sizeof *b.out);
     for (int act = 0; act < SM_ACT_COUNT; act++) {
-        static const char *const what[] = {"prepare F32 1536", "prepare Q8_32 1536", "prepare Q8_256 1536"};
+        static const char *const what[] = {"prepare F32 1536", "prepare Q8_32 1536",
+                                           "prepare Q8_256 1536"};
         b.act = (enum sm_act)act;
         b.acts = make_acts(b.act, 1, b.n);
         bench(pattern, what[act], "", 0, run_prepare, &b);
@@ -1109,14 +1174,14 @@ static void bench_vectors(const char *pattern) {
     free(b.out);
 }
 
-/* ---- the program -------------------------------------------------------------------------------------------------- */
+/* ---- the program ---- */
 
 static const struct {
     const char *slot;
     void (*run)(uint64_t seed);
     size_t n_cases, n_quick;
 } checks[] = {
-    {"fma", case_fma, 5000, 50},
+    {"fma", case_fma, 3000, 50},
     {"expf", case_expf, 1000, 16},
     {"vector_expf", case_vector_expf, 600, 10},
     {"prepare", case_prepare, 2000, 200},
@@ -1162,7 +1227,8 @@ int main(int argc, char **argv) {
             timing = true;
             if (i + 1 < argc) pattern = argv[++i];
         } else {
-            fprintf(stderr, "usage: %s [--quick] [--only SLOT [--seed N]] [--bench [PATTERN]]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--quick] [--only SLOT [--seed N]] [--bench [PATTERN]]\n",
+                    argv[0]);
             return 2;
         }
     }

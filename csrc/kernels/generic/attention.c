@@ -1,4 +1,4 @@
-/* Attention over one chunk of positions, folding of chunks, and what the cache holds (kernels.h). */
+/* Attention over a chunk of positions, folding of chunks, and what the cache holds (kernels.h). */
 #include <math.h>
 
 #include "../../f16.h"

@@ -1,5 +1,5 @@
-/* The reference tier: every slot, in plain C.  Compiled for the baseline and once more with hardware
- * FMA (dispatch.c takes that one where it can); both give the same bits. */
+/* The reference tier: every slot, in plain C.  Compiled for the baseline and once more with
+ * hardware FMA (dispatch.c takes that one where it can); both give the same bits. */
 #include "../tier.h"
 
 void SM_NAME(sm_init)(struct sm_kernels *k) {

@@ -49,7 +49,8 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
     int8_t *q = a->q + row * a->k_pad;
     for (size_t b = 0; b < n_blocks; b++) {
         size_t i = row * n_blocks + b;
-        if (!quantize(q + 32 * b, a->d + i, x + 32 * b, SM_MIN(32, a->k - 32 * b), 32)) return false;
+        if (!quantize(q + 32 * b, a->d + i, x + 32 * b, SM_MIN(32, a->k - 32 * b), 32))
+            return false;
         a->sum[i] = sum_codes(q + 32 * b, 32);
         a->s[i] = a->d[i] * (float)a->sum[i];
     }

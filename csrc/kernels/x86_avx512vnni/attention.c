@@ -1,27 +1,11 @@
-/* Attention on AVX-512: 16 positions (scores) or 16 head dimensions (values) to a vector.
- *
- * Queries go in tiles of up to TILE_Q, against up to four vectors at once: 24 sums in registers.
- * All tiles pass over a page while it is in the nearest cache; float16 is widened as it is loaded,
- * which the sums hide.  A few queries wait for memory only, and pages are too short for the
- * processor to guess what comes next, so each page's loads ask for the next page's. */
+/* Attention on AVX-512 (attend.h): 16 positions (scores) or 16 head dimensions (values) to a
+ * vector, up to four vectors to a tile of queries: 24 sums in registers. */
 #include "../../f16.h"
+#include "../attend.h"
 #include "../tier.h"
 #include "expf.h"
 
 #define INLINE static inline __attribute__((always_inline))
-#define TILE_Q 6
-#define MAX_TILES ((SM_ATTEND_MAX + TILE_Q - 1) / TILE_Q)
-
-/* One tile of queries against positions [lo, hi) of one page. */
-struct part {
-    const float *q;         /* [n_q][head] */
-    float *weight;          /* [n_q][SM_CHUNK] scores, then e_j */
-    float *o;               /* [n_q][head] */
-    size_t n_q, head;
-    const void *page;       /* K or V, from position `base` on */
-    const void *next;       /* the page to come */
-    size_t base, lo, hi;
-};
 
 /* Elements [at, at + 16) of a page. */
 INLINE __m512 load(bool half, const void *page, size_t at) {
@@ -45,11 +29,11 @@ INLINE __mmask16 lanes_below(size_t n) { return n >= 16 ? 0xffff : (__mmask16)((
 /* ---- scores --------------------------------------------------------------------------------- */
 
 /* s_j of n_q queries at 16 n_g positions from j on. */
-INLINE void score_tile(bool half, int n_g, int n_q, const struct part *p, size_t j) {
+INLINE void score_tile(bool half, int n_g, int n_q, const struct sm_part *p, size_t j) {
     const size_t head = p->head, at = (j - p->base) * head; /* of [n_g][head][16] */
     const float *q = p->q;
     const void *page = p->page, *next = p->next;
-    __m512 acc[4][TILE_Q];
+    __m512 acc[4][SM_TILE_Q];
     for (int g = 0; g < n_g; g++)
         for (int i = 0; i < n_q; i++) acc[g][i] = _mm512_setzero_ps();
     for (size_t d = 0; d < head; d++) {
@@ -66,7 +50,7 @@ INLINE void score_tile(bool half, int n_g, int n_q, const struct part *p, size_t
             _mm512_storeu_ps(p->weight + i * SM_CHUNK + j + 16 * g, acc[g][i]);
 }
 
-INLINE void score_some(bool half, int n_g, const struct part *p, size_t j) {
+INLINE void score_some(bool half, int n_g, const struct sm_part *p, size_t j) {
     switch (p->n_q) {
     case 1: score_tile(half, n_g, 1, p, j); break;
     case 2: score_tile(half, n_g, 2, p, j); break;
@@ -77,8 +61,7 @@ INLINE void score_some(bool half, int n_g, const struct part *p, size_t j) {
     }
 }
 
-/* lo and hi are multiples of 16 here: lanes outside a query's range are dropped in softmax. */
-INLINE void score_part(bool half, const struct part *p) {
+INLINE void score_part(bool half, const struct sm_part *p) {
     size_t j = p->lo;
     for (; j + 64 <= p->hi; j += 64) score_some(half, 4, p, j);
     for (; j + 32 <= p->hi; j += 32) score_some(half, 2, p, j);
@@ -90,7 +73,6 @@ INLINE __mmask16 valid(size_t j, size_t lo, size_t hi) {
     return lanes_below(hi > j ? hi - j : 0) & (__mmask16)~lanes_below(lo > j ? lo - j : 0);
 }
 
-/* Scores at [begin, end), multiples of 16, become e_j where lo <= j < hi and 0 elsewhere. */
 INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m_out,
                     float *l_out) {
     __m512 max = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
@@ -110,14 +92,14 @@ INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi
 /* ---- values --------------------------------------------------------------------------------- */
 
 /* o += e_j v_j of n_q queries at 16 n_v dimensions from d on; a single vector may be cut short by
- * the mask.  Positions outside a query's own range have e_j = 0, and v is finite. */
-INLINE void value_tile(bool half, int n_v, int n_q, const struct part *p, size_t d,
+ * the mask. */
+INLINE void value_tile(bool half, int n_v, int n_q, const struct sm_part *p, size_t d,
                        __mmask16 mask) {
     const size_t head = p->head, base = p->base, hi = p->hi;
     const float *weight = p->weight;
     const void *page = p->page, *next = p->next;
     float *o = p->o + d;
-    __m512 acc[4][TILE_Q];
+    __m512 acc[4][SM_TILE_Q];
     for (int i = 0; i < n_q; i++)
         for (int c = 0; c < n_v; c++)
             acc[c][i] = n_v > 1 ? _mm512_loadu_ps(o + (size_t)i * head + 16 * c)
@@ -142,7 +124,7 @@ INLINE void value_tile(bool half, int n_v, int n_q, const struct part *p, size_t
         }
 }
 
-INLINE void value_some(bool half, int n_v, const struct part *p, size_t d) {
+INLINE void value_some(bool half, int n_v, const struct sm_part *p, size_t d) {
     __mmask16 mask = lanes_below(p->head - d);
     switch (p->n_q) {
     case 1: value_tile(half, n_v, 1, p, d, mask); break;
@@ -154,7 +136,7 @@ INLINE void value_some(bool half, int n_v, const struct part *p, size_t d) {
     }
 }
 
-INLINE void value_part(bool half, const struct part *p) {
+INLINE void value_part(bool half, const struct sm_part *p) {
     size_t d = 0;
     for (; d + 64 <= p->head; d += 64) value_some(half, 4, p, d);
     for (; d + 32 <= p->head; d += 32) value_some(half, 2, p, d);
@@ -163,91 +145,18 @@ INLINE void value_part(bool half, const struct part *p) {
 
 /* ---- the slot ------------------------------------------------------------------------------- */
 
-/* Queries [first, first + n_q) and the positions that any of them sees. */
-struct tile {
-    size_t first, n_q, lo, hi;
-};
-
-static size_t make_tiles(const struct sm_attend *a, struct tile tile[MAX_TILES]) {
-    size_t n_tiles = (a->n_q + TILE_Q - 1) / TILE_Q;
-    for (size_t t = 0, i = 0; t < n_tiles; t++) {
-        struct tile s = {.first = i, .n_q = (a->n_q - i) / (n_tiles - t), .lo = SM_CHUNK};
-        for (; i < s.first + s.n_q; i++) {
-            s.lo = SM_MIN(s.lo, (size_t)a->lo[i]);
-            s.hi = SM_MAX(s.hi, (size_t)a->hi[i]);
-        }
-        tile[t] = s;
-    }
-    return n_tiles;
+static void attend_f16(const struct sm_attend *a) {
+    sm_attend_tiles(a, true, score_part, softmax, value_part);
 }
-
-/* The part of a tile's work that lies in a page. */
-INLINE struct part part_of(const struct sm_attend *a, const struct tile *t, size_t page) {
-    return (struct part){.q = a->q + t->first * a->head,
-                         .weight = (float *)a->scratch + t->first * SM_CHUNK,
-                         .o = a->o + t->first * a->head,
-                         .n_q = t->n_q, .head = a->head, .base = page * SM_PAGE,
-                         .lo = SM_MAX(page * SM_PAGE, t->lo),
-                         .hi = SM_MIN((page + 1) * SM_PAGE, t->hi)};
+static void attend_f32(const struct sm_attend *a) {
+    sm_attend_tiles(a, false, score_part, softmax, value_part);
 }
-
-INLINE void attend(const struct sm_attend *a, bool half) {
-    struct tile tile[MAX_TILES];
-    size_t n_tiles = make_tiles(a, tile), lo = SM_CHUNK, hi = 0;
-    for (size_t t = 0; t < n_tiles; t++) {
-        lo = SM_MIN(lo, tile[t].lo);
-        hi = SM_MAX(hi, tile[t].hi);
-    }
-    const size_t first = lo / SM_PAGE, last = (hi - 1) / SM_PAGE;
-
-    for (size_t page = first; page <= last; page++)
-        for (size_t t = 0; t < n_tiles; t++) {
-            struct part p = part_of(a, &tile[t], page);
-            p.page = a->k[page];
-            p.next = page < last ? a->k[page + 1] : a->v[first];
-            p.lo = p.lo / 16 * 16;
-            p.hi = sm_round_up(p.hi, 16);
-            score_part(half, &p);
-        }
-    for (size_t t = 0; t < n_tiles; t++)
-        for (size_t i = tile[t].first; i < tile[t].first + tile[t].n_q; i++)
-            softmax((float *)a->scratch + i * SM_CHUNK, tile[t].lo / 16 * 16,
-                    sm_round_up(tile[t].hi, 16), (size_t)a->lo[i], (size_t)a->hi[i], a->m + i,
-                    a->l + i);
-    memset(a->o, 0, a->n_q * a->head * sizeof *a->o);
-    for (size_t page = first; page <= last; page++)
-        for (size_t t = 0; t < n_tiles; t++) {
-            struct part p = part_of(a, &tile[t], page);
-            p.page = a->v[page];
-            p.next = a->v[SM_MIN(page + 1, last)];
-            value_part(half, &p);
-        }
-    for (size_t i = 0; i < a->n_q * a->head; i++) a->o[i] += 0.0f;
-}
-
-static void attend_f16(const struct sm_attend *a) { attend(a, true); }
-static void attend_f32(const struct sm_attend *a) { attend(a, false); }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {
     if (a->kv_type == SMALLM_KV_F32)
         attend_f32(a);
     else
         attend_f16(a);
-}
-
-void SM_NAME(sm_attend_fold)(float *M, float *L, float *O, float m, float l, const float *o,
-                             size_t head) {
-    float max = m > *M ? m : *M;
-    float a = sm_expf(*M - max), b = sm_expf(m - max);
-    *M = max;
-    *L = sm_fma(*L, a, l * b);
-    __m512 av = _mm512_set1_ps(a), bv = _mm512_set1_ps(b);
-    for (size_t d = 0; d < head; d += 16) {
-        __mmask16 mask = lanes_below(head - d);
-        __m512 add = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, o + d), bv);
-        __m512 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, O + d), av, add);
-        _mm512_mask_storeu_ps(O + d, mask, sum);
-    }
 }
 
 void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,

@@ -1,7 +1,7 @@
 /* Quantizing activations on vectors of 16.
  *
- * |x| <= amax makes |x * (127 / amax)| at most 127 (1 + 2^-24)^2, which rounds to 127: the contract's
- * clamp has nothing to do. */
+ * |x| <= amax makes |x * (127 / amax)| at most 127 (1 + 2^-24)^2, which rounds to 127: the
+ * contract's clamp has nothing to do. */
 #include <immintrin.h>
 
 #include "../tier.h"
@@ -57,7 +57,8 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
         _mm256_storeu_si256((__m256i *)(q + 32 * b), codes);
         __m256i sums = _mm256_sad_epu8(_mm256_xor_si256(codes, _mm256_set1_epi8(-128)),
                                        _mm256_setzero_si256());
-        __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums),
+                                    _mm256_extracti128_si256(sums, 1));
         int32_t sum = _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2) - 32 * 128;
         a->d[at + b] = d;
         a->sum[at + b] = sum;
@@ -66,13 +67,18 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
     return largest < 0x7f800000;
 }
 
+/* Within each 128 bits: a0 + a2, b0 + b2, a1 + a3, b1 + b3. */
+INLINE __m512i fold_pairs(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+
 /* Sums of 16 codes each, of 256. */
 INLINE __m512i sums16(const int8_t *q) {
-    const __m512i ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
     __m512i v[4]; /* [vector][group in it][4 partial sums] */
-    for (int i = 0; i < 4; i++) v[i] = _mm512_dpbusd_epi32(none, ones, _mm512_loadu_si512(q + 64 * i));
-    __m512i v01 = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    __m512i v23 = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    for (int i = 0; i < 4; i++)
+        v[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1),
+                                   _mm512_loadu_si512(q + 64 * i));
+    __m512i v01 = fold_pairs(v[0], v[1]), v23 = fold_pairs(v[2], v[3]);
     __m512i sums = /* [group][vector] */
         _mm512_add_epi32(_mm512_unpacklo_epi64(v01, v23), _mm512_unpackhi_epi64(v01, v23));
     return _mm512_permutexvar_epi32(

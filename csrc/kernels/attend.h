@@ -1,0 +1,93 @@
+/* How the vector tiers walk through attention; what differs between them comes in as functions.
+ *
+ * Queries go in tiles of up to SM_TILE_Q.  All tiles pass over a page while it is in the nearest
+ * cache; float16 is widened as it is loaded, which the sums hide.  A few queries wait for memory
+ * only, and pages are too short for the processor to guess what comes next, so each page's loads
+ * ask for the next page's.
+ *
+ * Scratch: scores [n_q][SM_CHUNK], which become the e_j. */
+#ifndef SM_ATTEND_H
+#define SM_ATTEND_H
+
+#include "kernels.h"
+
+#define SM_TILE_Q 6
+
+/* One tile of queries against positions [lo, hi) of one page. */
+struct sm_part {
+    const float *q;         /* [n_q][head] */
+    float *weight;          /* [n_q][SM_CHUNK] scores, then e_j */
+    float *o;               /* [n_q][head] */
+    size_t n_q, head;
+    const void *page;       /* K or V, from position `base` on */
+    const void *next;       /* the page to come */
+    size_t base, lo, hi;
+};
+
+/* Scores of the part; lo and hi are multiples of 16. */
+typedef void sm_score_fn(bool half, const struct sm_part *p);
+/* Scores at [begin, end), multiples of 16, become e_j where lo <= j < hi and 0 elsewhere. */
+typedef void sm_softmax_fn(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m,
+                           float *l);
+/* o += e_j v_j; positions outside a query's own range have e_j = 0, and v is finite. */
+typedef void sm_value_fn(bool half, const struct sm_part *p);
+
+/* Queries [first, first + n_q) and the positions that any of them sees. */
+struct sm_tile {
+    size_t first, n_q, lo, hi;
+};
+
+/* The part of a tile's work that lies in a page. */
+static inline struct sm_part sm_part_of(const struct sm_attend *a, const struct sm_tile *t,
+                                        size_t page) {
+    return (struct sm_part){.q = a->q + t->first * a->head,
+                            .weight = (float *)a->scratch + t->first * SM_CHUNK,
+                            .o = a->o + t->first * a->head,
+                            .n_q = t->n_q, .head = a->head, .base = page * SM_PAGE,
+                            .lo = SM_MAX(page * SM_PAGE, t->lo),
+                            .hi = SM_MIN((page + 1) * SM_PAGE, t->hi)};
+}
+
+static inline __attribute__((always_inline)) void
+sm_attend_tiles(const struct sm_attend *a, bool half, sm_score_fn *score, sm_softmax_fn *softmax,
+                sm_value_fn *value) {
+    struct sm_tile tile[(SM_ATTEND_MAX + SM_TILE_Q - 1) / SM_TILE_Q];
+    size_t n_tiles = (a->n_q + SM_TILE_Q - 1) / SM_TILE_Q, lo = SM_CHUNK, hi = 0;
+    for (size_t t = 0, i = 0; t < n_tiles; t++) {
+        struct sm_tile s = {.first = i, .n_q = (a->n_q - i) / (n_tiles - t), .lo = SM_CHUNK};
+        for (; i < s.first + s.n_q; i++) {
+            s.lo = SM_MIN(s.lo, (size_t)a->lo[i]);
+            s.hi = SM_MAX(s.hi, (size_t)a->hi[i]);
+        }
+        lo = SM_MIN(lo, s.lo);
+        hi = SM_MAX(hi, s.hi);
+        tile[t] = s;
+    }
+    const size_t first = lo / SM_PAGE, last = (hi - 1) / SM_PAGE;
+
+    for (size_t page = first; page <= last; page++)
+        for (size_t t = 0; t < n_tiles; t++) {
+            struct sm_part p = sm_part_of(a, &tile[t], page);
+            p.page = a->k[page];
+            p.next = page < last ? a->k[page + 1] : a->v[first];
+            p.lo = p.lo / 16 * 16;
+            p.hi = sm_round_up(p.hi, 16);
+            score(half, &p);
+        }
+    for (size_t t = 0; t < n_tiles; t++)
+        for (size_t i = tile[t].first; i < tile[t].first + tile[t].n_q; i++)
+            softmax((float *)a->scratch + i * SM_CHUNK, tile[t].lo / 16 * 16,
+                    sm_round_up(tile[t].hi, 16), (size_t)a->lo[i], (size_t)a->hi[i], a->m + i,
+                    a->l + i);
+    memset(a->o, 0, a->n_q * a->head * sizeof *a->o);
+    for (size_t page = first; page <= last; page++)
+        for (size_t t = 0; t < n_tiles; t++) {
+            struct sm_part p = sm_part_of(a, &tile[t], page);
+            p.page = a->v[page];
+            p.next = a->v[SM_MIN(page + 1, last)];
+            value(half, &p);
+        }
+    for (size_t i = 0; i < a->n_q * a->head; i++) a->o[i] += 0.0f;
+}
+
+#endif

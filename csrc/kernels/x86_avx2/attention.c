@@ -1,0 +1,187 @@
+/* Attention on AVX2 (attend.h): 8 positions (scores) or 8 head dimensions (values) to a vector, and
+ * as many vectors to a tile of queries as make at most 12 sums in registers. */
+#include "../../f16.h"
+#include "../attend.h"
+#include "../tier.h"
+#include "expf.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define MAX_VECTORS 8
+
+/* Elements [at, at + 8) of a page. */
+INLINE __m256 load(bool half, const void *page, size_t at) {
+    if (!half) return _mm256_loadu_ps((const float *)page + at);
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)page + at)));
+}
+/* [at, at + 4), else 0. */
+INLINE __m256 load_four(bool half, const void *page, size_t at) {
+    const uint16_t *h = (const uint16_t *)page + at;
+    __m128 four = half ? _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)h))
+                       : _mm_loadu_ps((const float *)page + at);
+    return _mm256_insertf128_ps(_mm256_setzero_ps(), four, 0);
+}
+
+/* Asks for n float16 values of the next page. */
+INLINE void prefetch(const void *next, size_t at, int n) {
+    for (int i = 0; i < n; i += 32) _mm_prefetch((const char *)next + 2 * (at + i), _MM_HINT_T1);
+}
+
+/* ---- scores --------------------------------------------------------------------------------- */
+
+/* s_j of n_q queries at 8 n_v positions (n_v even) from j on. */
+INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, size_t j) {
+    const size_t head = p->head, at = (j - p->base) * head; /* of [n_v / 2][head][16] */
+    const float *q = p->q;
+    const void *page = p->page, *next = p->next;
+    __m256 acc[MAX_VECTORS][SM_TILE_Q];
+    for (int v = 0; v < n_v; v++)
+        for (int i = 0; i < n_q; i++) acc[v][i] = _mm256_setzero_ps();
+    for (size_t d = 0; d < head; d++) {
+        __m256 key[MAX_VECTORS];
+        if (half) prefetch(next, at + (size_t)n_v * 8 * d, n_v * 8);
+        for (int v = 0; v < n_v; v++)
+            key[v] = load(half, page, at + ((size_t)(v / 2) * head + d) * 16 + v % 2 * 8);
+        for (int i = 0; i < n_q; i++) {
+            __m256 query = _mm256_broadcast_ss(q + (size_t)i * head + d);
+            for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(query, key[v], acc[v][i]);
+        }
+    }
+    for (int v = 0; v < n_v; v++)
+        for (int i = 0; i < n_q; i++)
+            _mm256_storeu_ps(p->weight + i * SM_CHUNK + j + 8 * v, acc[v][i]);
+}
+
+INLINE void score_queries(bool half, int n_v, int n_q, const struct sm_part *p) {
+    size_t j = p->lo, step = (size_t)n_v * 8;
+    for (; j + step <= p->hi; j += step) score_tile(half, n_v, n_q, p, j);
+    for (; j < p->hi; j += 16) score_tile(half, 2, n_q, p, j);
+}
+
+INLINE void score_part(bool half, const struct sm_part *p) {
+    switch (p->n_q) {
+    case 1: score_queries(half, 8, 1, p); break;
+    case 2: score_queries(half, 4, 2, p); break;
+    case 3: score_queries(half, 4, 3, p); break;
+    case 4: score_queries(half, 2, 4, p); break;
+    case 5: score_queries(half, 2, 5, p); break;
+    default: score_queries(half, 2, 6, p); break;
+    }
+}
+
+/* All bits of positions j .. j + 7 inside [lo, hi). */
+INLINE __m256 valid(size_t j, size_t lo, size_t hi) {
+    __m256i below_hi = lanes_below(hi > j ? hi - j : 0);
+    __m256i below_lo = lanes_below(lo > j ? lo - j : 0);
+    return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
+}
+
+INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m_out,
+                    float *l_out) {
+    const __m256 least = _mm256_set1_ps(-__builtin_inff());
+    __m256 max = least;
+    for (size_t j = begin; j < end; j += 8) { /* max_ps gives its second operand for a NaN score */
+        __m256 s = _mm256_blendv_ps(least, _mm256_loadu_ps(score + j), valid(j, lo, hi));
+        max = _mm256_max_ps(s, max);
+    }
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    float m = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four))) + 0.0f;
+    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (size_t j = begin; j < end; j += 16)
+        for (size_t i = 0; i < 2; i++) {
+            __m256 s = _mm256_loadu_ps(score + j + 8 * i);
+            __m256 e = expf8(_mm256_sub_ps(s, _mm256_set1_ps(m)));
+            e = _mm256_and_ps(e, valid(j + 8 * i, lo, hi));
+            sum[i] = _mm256_add_ps(sum[i], e);
+            _mm256_storeu_ps(score + j + 8 * i, e);
+        }
+    *m_out = m;
+    *l_out = tree16(sum[0], sum[1]);
+}
+
+/* ---- values --------------------------------------------------------------------------------- */
+
+/* o += e_j v_j of n_q queries at 8 n_v dimensions from d on (four: at 4 of them). */
+INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_part *p, size_t d) {
+    const size_t head = p->head, base = p->base, hi = p->hi;
+    const float *weight = p->weight;
+    const void *page = p->page, *next = p->next;
+    float *o = p->o + d;
+    __m256 acc[MAX_VECTORS][SM_TILE_Q];
+    for (int v = 0; v < n_v; v++)
+        for (int i = 0; i < n_q; i++)
+            acc[v][i] = four ? load_four(false, o, (size_t)i * head)
+                             : _mm256_loadu_ps(o + (size_t)i * head + 8 * v);
+    for (size_t j = p->lo; j < hi; j++) {
+        const size_t at = (j - base) * head + d;
+        __m256 value[MAX_VECTORS];
+        if (half) prefetch(next, at, n_v * 8);
+        for (int v = 0; v < n_v; v++)
+            value[v] = four ? load_four(half, page, at) : load(half, page, at + 8 * v);
+        for (int i = 0; i < n_q; i++) {
+            __m256 e = _mm256_broadcast_ss(weight + i * SM_CHUNK + j);
+            for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(e, value[v], acc[v][i]);
+        }
+    }
+    for (int v = 0; v < n_v; v++)
+        for (int i = 0; i < n_q; i++) {
+            if (four)
+                _mm_storeu_ps(o + (size_t)i * head, _mm256_castps256_ps128(acc[v][i]));
+            else
+                _mm256_storeu_ps(o + (size_t)i * head + 8 * v, acc[v][i]);
+        }
+}
+
+INLINE void value_queries(bool half, int n_v, int n_q, const struct sm_part *p) {
+    size_t d = 0, step = (size_t)n_v * 8;
+    for (; d + step <= p->head; d += step) value_tile(half, false, n_v, n_q, p, d);
+    for (; d + 8 <= p->head; d += 8) value_tile(half, false, 1, n_q, p, d);
+    if (d < p->head) value_tile(half, true, 1, n_q, p, d);
+}
+
+INLINE void value_part(bool half, const struct sm_part *p) {
+    switch (p->n_q) {
+    case 1: value_queries(half, 8, 1, p); break;
+    case 2: value_queries(half, 4, 2, p); break;
+    case 3: value_queries(half, 4, 3, p); break;
+    case 4: value_queries(half, 2, 4, p); break;
+    case 5: value_queries(half, 2, 5, p); break;
+    default: value_queries(half, 2, 6, p); break;
+    }
+}
+
+/* ---- the slot ------------------------------------------------------------------------------- */
+
+static void attend_f16(const struct sm_attend *a) {
+    sm_attend_tiles(a, true, score_part, softmax, value_part);
+}
+static void attend_f32(const struct sm_attend *a) {
+    sm_attend_tiles(a, false, score_part, softmax, value_part);
+}
+
+void SM_NAME(sm_attend)(const struct sm_attend *a) {
+    if (a->kv_type == SMALLM_KV_F32)
+        attend_f32(a);
+    else
+        attend_f16(a);
+}
+
+void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
+                          const float *v, size_t head) {
+    size_t at = slot / 16 * 16 * head + slot % 16; /* of K[0]; K[d] lies 16 further each */
+    if (kv_type == SMALLM_KV_F32) {
+        for (size_t d = 0; d < head; d++) ((float *)k_page)[at + 16 * d] = k[d];
+        memcpy((float *)v_page + slot * head, v, head * sizeof *v);
+        return;
+    }
+    const __m128 max = _mm_set1_ps(65504.0f), min = _mm_set1_ps(-65504.0f);
+    uint16_t *kh = (uint16_t *)k_page + at, *vh = (uint16_t *)v_page + slot * head;
+    for (size_t d = 0; d < head; d += 4) {
+        uint16_t column[4];
+        __m128 kd = _mm_max_ps(min, _mm_min_ps(max, _mm_loadu_ps(k + d)));
+        __m128 vd = _mm_max_ps(min, _mm_min_ps(max, _mm_loadu_ps(v + d)));
+        _mm_storel_epi64((__m128i *)column, _mm_cvtps_ph(kd, _MM_FROUND_TO_NEAREST_INT));
+        _mm_storel_epi64((__m128i *)(vh + d), _mm_cvtps_ph(vd, _MM_FROUND_TO_NEAREST_INT));
+        for (size_t i = 0; i < 4; i++) kh[(d + i) * 16] = column[i];
+    }
+}

@@ -1,0 +1,57 @@
+/* Norm, rotation and SwiGLU on vectors of 8. */
+#include <math.h>
+
+#include "../tier.h"
+#include "expf.h"
+
+/* x[i .. i + 8), zeros from n on. */
+static inline __m256 load(const float *x, size_t i, size_t n) {
+    if (i + 8 <= n) return _mm256_loadu_ps(x + i);
+    return i < n ? _mm256_maskload_ps(x + i, lanes_below(n - i)) : _mm256_setzero_ps();
+}
+static inline void store(float *x, size_t i, size_t n, __m256 v) {
+    if (i + 8 <= n)
+        _mm256_storeu_ps(x + i, v);
+    else
+        _mm256_maskstore_ps(x + i, lanes_below(n - i), v);
+}
+
+void SM_NAME(sm_rms_norm)(float *out, const float *x, const float *w, size_t n, float eps) {
+    __m256 lo = _mm256_setzero_ps(), hi = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        __m256 a = load(x, i, n), b = load(x, i + 8, n);
+        lo = _mm256_fmadd_ps(a, a, lo);
+        hi = _mm256_fmadd_ps(b, b, hi);
+    }
+    __m256 r = _mm256_set1_ps(1.0f / sqrtf(tree16(lo, hi) / (float)n + eps));
+    for (size_t i = 0; i < n; i += 8)
+        store(out, i, n, _mm256_mul_ps(_mm256_mul_ps(load(x, i, n), r), load(w, i, n)));
+}
+
+void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs) {
+    size_t i = 0;
+    for (; i + 4 <= n_pairs; i += 4) {
+        __m128 c = _mm_loadu_ps(cos + i), s = _mm_loadu_ps(sin + i);
+        __m256 cs = _mm256_set_m128(_mm_unpackhi_ps(c, s), _mm_unpacklo_ps(c, s));
+        __m256 sc = _mm256_set_m128(_mm_unpackhi_ps(s, c), _mm_unpacklo_ps(s, c));
+        __m256 v = _mm256_loadu_ps(x + 2 * i);
+        /* Even lanes x0 c - x1 s, odd lanes x0 s + x1 c. */
+        v = _mm256_fmaddsub_ps(_mm256_moveldup_ps(v), cs,
+                               _mm256_mul_ps(_mm256_movehdup_ps(v), sc));
+        _mm256_storeu_ps(x + 2 * i, v);
+    }
+    for (; i < n_pairs; i++) {
+        float x0 = x[2 * i], x1 = x[2 * i + 1];
+        x[2 * i] = sm_fma(x0, cos[i], -(x1 * sin[i]));
+        x[2 * i + 1] = sm_fma(x0, sin[i], x1 * cos[i]);
+    }
+}
+
+void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 g = load(gate, i, n);
+        __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, expf8(_mm256_xor_ps(g, sign))));
+        store(out, i, n, _mm256_mul_ps(silu, load(up, i, n)));
+    }
+}
