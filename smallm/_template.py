@@ -115,6 +115,8 @@ class _Meter:
             return value
         if isinstance(value, (list, tuple, dict)):
             self.size(4 * self.weigh(value))  # quotes and separators, escapes
+        elif isinstance(value, Undefined) and value._undefined_exception is SecurityError:
+            value._fail_with_undefined_error()  # a plain undefined value prints as ""
         elif not isinstance(value, (*_ATOMS, Undefined)):
             raise TemplateError(f"the chat template prints a {type(value).__name__}")
         return str(value)
