@@ -260,7 +260,7 @@ def test_instruction_sets_change_no_bit(models: Callable[[str], Path]) -> None:
 
 
 def test_instruction_sets_change_no_bit_of_the_real_model(real_model: Path) -> None:
-    work = [(str(real_model), 24)]
+    work = [(str(real_model), 12)]
     generic = hashes("generic", work)
     for isa in tiers():
         assert hashes(isa, work) == generic, isa

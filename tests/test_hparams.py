@@ -158,7 +158,7 @@ def test_tokens_that_are_there_twice(tmp_path: Path) -> None:
     keys = tiny.bpe_tokenizer()
     keys["tokenizer.ggml.tokens"][300] = keys["tokenizer.ggml.tokens"][299]
     message = refusal(tmp_path / "m.gguf", tokenizer=keys, edit=poison)
-    assert "tokenizer.ggml.tokens" in message and "300" in message
+    assert re.search("tokens.* 299 .*300", message)
 
 
 def test_an_unknown_pre_tokenizer(tmp_path: Path) -> None:
