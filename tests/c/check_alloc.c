@@ -1,0 +1,172 @@
+/* Fails each allocation in turn on the way from opening a model to closing it: every call must
+ * answer SMALLM_OK or SMALLM_E_MEMORY, an answer that comes must be the right one, and afterwards
+ * everything works again.  Leaks are the sanitizer's to find.
+ *
+ * The model is argv[1] or stories260K.gguf in the folder SMALLM_TEST_MODELS. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "os.h"
+
+#ifndef SMALLM_TEST_ALLOC
+#error "needs the allocator of the test build"
+#endif
+
+#define N_TOKENS 5
+#define MAX_STEPS 100000
+
+static int n_failed;
+
+#define CHECK(ok, ...)                                                                             \
+    do {                                                                                           \
+        if (!(ok)) {                                                                               \
+            n_failed++;                                                                            \
+            printf("%s:%d: %s: ", __FILE__, __LINE__, #ok);                                        \
+            printf(__VA_ARGS__);                                                                   \
+            printf("\n");                                                                          \
+        }                                                                                          \
+    } while (0)
+
+struct answer {
+    int32_t tokens[2 * N_TOKENS];
+    int n;
+    char text[1024];
+    size_t n_text;
+};
+
+/* What a refusal must look like. */
+static void judge(int rc, const smallm_error *err, const char *what, long step) {
+    CHECK(rc == SMALLM_E_MEMORY, "%s, allocation %ld: status %d: %s", what, step, rc, err->message);
+    CHECK(err->code == rc && err->message[0] != 0, "%s, allocation %ld: no message", what, step);
+}
+
+static int generate(smallm_engine *engine, const int32_t *tokens, size_t n_tokens, float *logits,
+                    struct answer *out, smallm_error *err) {
+    const char *stop[] = {"no text has this", "\xF0\x9F\xA6\x99\xF0\x9F\xA6\x99"};
+    const size_t stop_len[] = {16, 8};
+    const int32_t bias_ids[] = {3};
+    const float bias[] = {-1};
+    smallm_request_params p = {.size = sizeof p,
+                               .tokens = tokens,
+                               .n_tokens = n_tokens,
+                               .max_tokens = N_TOKENS,
+                               .n_logprobs = 3,
+                               .sampling = {.size = sizeof p.sampling,
+                                            .temperature = 0.7f,
+                                            .top_k = 40,
+                                            .top_p = 0.95f,
+                                            .repeat_penalty = 1.1f,
+                                            .repeat_last_n = 16,
+                                            .bias_ids = bias_ids,
+                                            .bias = bias,
+                                            .n_bias = 1,
+                                            .seed = 7},
+                               .stop = stop,
+                               .stop_len = stop_len,
+                               .n_stop = 2,
+                               .logits = logits};
+    smallm_request *request = NULL;
+    smallm_chunk chunk = {.size = sizeof chunk};
+    *out = (struct answer){.n = 0};
+    int rc = smallm_engine_submit(engine, &p, &request, err);
+    while (rc == SMALLM_OK || rc == SMALLM_AGAIN) {
+        rc = smallm_request_next(request, 1000, &chunk, err);
+        if (rc != SMALLM_OK) continue;
+        if (chunk.token >= 0 && out->n < N_TOKENS) out->tokens[out->n++] = chunk.token;
+        if (out->n_text + chunk.n_text <= sizeof out->text) {
+            memcpy(out->text + out->n_text, chunk.text, chunk.n_text);
+            out->n_text += chunk.n_text;
+        }
+    }
+    smallm_request_free(request);
+    return rc == SMALLM_DONE ? SMALLM_OK : rc;
+}
+
+/* The whole way; *what names the call that failed. */
+static int go(const char *path, struct answer *out, const char **what, smallm_error *err) {
+    const char *text = "Once upon a time, \xC3\xA9t\xC3\xA9 2024";
+    smallm_model *model = NULL;
+    smallm_engine *engine = NULL;
+    float *logits = NULL;
+    int32_t ids[64];
+    size_t n_ids = 0, n_text = 0;
+    char back[256];
+    struct answer first;
+    smallm_model_params mp = {.size = sizeof mp, .n_threads = 2};
+    smallm_engine_params ep = {.size = sizeof ep, .n_threads = 2, .n_batch = 16};
+
+    *what = "smallm_model_open";
+    int rc = smallm_model_open(path, &mp, &model, err);
+    if (rc != SMALLM_OK) goto done;
+    *what = "smallm_engine_open";
+    rc = smallm_engine_open(model, &ep, &engine, err);
+    if (rc != SMALLM_OK) goto done;
+    *what = "smallm_tokenize";
+    rc = smallm_tokenize(model, text, strlen(text), SMALLM_ADD_SPECIAL, ids, SM_COUNT(ids), &n_ids,
+                         err);
+    if (rc != SMALLM_OK) goto done;
+    CHECK(n_ids > 0 && n_ids <= SM_COUNT(ids), "%zu tokens", n_ids);
+    *what = "smallm_detokenize";
+    rc = smallm_detokenize(model, ids, n_ids, 0, back, sizeof back, &n_text, err);
+    if (rc != SMALLM_OK) goto done;
+    *what = "generate with logits";
+    smallm_model_info info = {.size = sizeof info};
+    smallm_model_get_info(model, &info, NULL);
+    logits = malloc(n_ids * (size_t)info.n_vocab * sizeof *logits);
+    rc = generate(engine, ids, n_ids, logits, &first, err);
+    if (rc != SMALLM_OK) goto done;
+    *what = "generate from the cache";
+    rc = generate(engine, ids, n_ids, NULL, out, err);
+    if (rc != SMALLM_OK) goto done;
+    CHECK(memcmp(&first, out, sizeof first) == 0, "cached and fresh answers differ");
+done:
+    smallm_engine_close(engine);
+    smallm_model_free(model);
+    free(logits);
+    return rc;
+}
+
+int main(int argc, char **argv) {
+    char path[4096];
+    const char *folder = sm_env("SMALLM_TEST_MODELS");
+    if (argc > 1) {
+        snprintf(path, sizeof path, "%s", argv[1]);
+    } else if (folder) {
+        snprintf(path, sizeof path, "%s/stories260K.gguf", folder);
+    } else {
+        printf("check_alloc: skipped: needs a model: pass a GGUF path\n");
+        return 0;
+    }
+    static struct answer expected, got;
+    smallm_error err = {.size = sizeof err};
+    const char *what = "";
+    sm_test_fail_alloc(0);
+    if (go(path, &expected, &what, &err) != SMALLM_OK) {
+        printf("check_alloc: %s: %s\n", what, err.message);
+        return 1;
+    }
+    CHECK(expected.n > 0, "no token");
+    long step = 1, n_refused = 0;
+    for (; step < MAX_STEPS && n_failed < 20; step++) {
+        err.code = 0;
+        err.message[0] = 0;
+        sm_test_fail_alloc(step);
+        int rc = go(path, &got, &what, &err);
+        long count = sm_test_alloc_count();
+        sm_test_fail_alloc(0);
+        if (rc == SMALLM_OK) {
+            CHECK(memcmp(&expected, &got, sizeof got) == 0, "allocation %ld: another answer", step);
+            if (count < step) break; /* none was left to fail */
+        } else {
+            n_refused++;
+            judge(rc, &err, what, step);
+        }
+    }
+    CHECK(step < MAX_STEPS, "no end of allocations");
+    CHECK(n_refused > 50, "only %ld of %ld allocations mattered", n_refused, step - 1);
+    CHECK(go(path, &got, &what, &err) == SMALLM_OK, "%s: %s", what, err.message);
+    CHECK(memcmp(&expected, &got, sizeof got) == 0, "another answer in the end");
+    printf("check_alloc: %s (%ld allocations, %ld refused)\n", n_failed ? "FAILED" : "ok", step - 1,
+           n_refused);
+    return n_failed != 0;
+}
