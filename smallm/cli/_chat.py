@@ -83,6 +83,9 @@ def _turn(model: Model, messages: list[dict[str, str]], params: dict[str, Any]) 
         click.echo()
         note(f"smallm: {error}")
         return messages[:-1]
+    except KeyboardInterrupt:  # before the answer began
+        note("\n(stopped)")
+        return messages[:-1]
     click.echo()
     if answer.finish_reason == "cancelled":
         note("(stopped)")
