@@ -79,5 +79,5 @@ void sm_forward(const struct sm_pass *p) {
     struct sm_source normed = sm_source_rms_norm(m->kernels, p->buffers->wanted, n_embd, n_embd,
                                                  m->output_norm, m->h.norm_eps);
     const struct sm_product head = {.w = &m->head, .rows = batch->logits};
-    sm_ops_project(p->ops, batch->n_wanted, &normed, &head, 1);
+    sm_ops_project_fine(p->ops, batch->n_wanted, &normed, &head);
 }

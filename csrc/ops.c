@@ -137,27 +137,44 @@ struct project {
     struct sm_ops *o;
     const struct sm_source *s;
     const struct sm_product *products;
-    size_t n_products, n;
+    size_t n_products;
+    size_t n, rows;                /* tokens; rows of activations: n, or 2 n where fine */
+    bool fine;                     /* row 2 t is token t, row 2 t + 1 what rounding it lost */
     bool wants[SM_ACT_COUNT];      /* activation formats the products read */
     float *gated;                  /* sm_ops_gated's out: products[0] and [1] are gate and up */
     size_t gated_stride;
 };
 
-/* Prepares rows begin .. end - 1 of the source into acts[], in every format wanted. */
-static void prepare_rows(const struct project *p, size_t begin, size_t end, float *row,
-                         struct sm_acts acts[SM_ACT_COUNT]) {
+/* x [k] -= row `row` of the activations: what rounding lost. */
+static void subtract_row(enum sm_act format, const struct sm_acts *a, size_t row, float *x) {
+    const int8_t *q = a->q + row * a->k_pad;
+    const size_t block = format == SM_ACT_Q8_32 ? 32 : 256;
+    const float *d = a->d + row * (a->k_pad / block);
+    for (size_t i = 0; i < a->k; i++) x[i] -= d[i / block] * (float)q[i];
+}
+
+/* Prepares tokens begin .. end - 1 of the source into acts[], in every format wanted. */
+static void prepare_tokens(const struct project *p, size_t begin, size_t end, float *row,
+                           struct sm_acts acts[SM_ACT_COUNT]) {
+    size_t step = p->fine ? 2 : 1;
     for (size_t t = begin; t < end; t++) {
         p->s->row(p->s, t, row);
-        for (int a = 0; a < SM_ACT_COUNT; a++)
-            if (p->wants[a] && !p->o->kernels->prepare[a](&acts[a], t, row))
-                sm_ops_fail(p->o, SMALLM_E_NUMERIC);
+        for (int a = 0; a < SM_ACT_COUNT; a++) {
+            if (!p->wants[a]) continue;
+            bool finite = p->o->kernels->prepare[a](&acts[a], step * t, row);
+            if (finite && p->fine) {
+                subtract_row((enum sm_act)a, &acts[a], step * t, row);
+                finite = p->o->kernels->prepare[a](&acts[a], step * t + 1, row);
+            }
+            if (!finite) sm_ops_fail(p->o, SMALLM_E_NUMERIC);
+        }
     }
 }
 
 static void place_acts(const struct project *p, uint8_t *const *memory,
                        struct sm_acts acts[SM_ACT_COUNT]) {
     for (int a = 0; a < SM_ACT_COUNT; a++)
-        if (p->wants[a]) sm_acts_place(&acts[a], (enum sm_act)a, p->n, p->s->k, memory[a]);
+        if (p->wants[a]) sm_acts_place(&acts[a], (enum sm_act)a, p->rows, p->s->k, memory[a]);
 }
 
 static void prepare_phase(void *arg, int thread, int n_threads) {
@@ -166,17 +183,17 @@ static void prepare_phase(void *arg, int thread, int n_threads) {
     place_acts(p, p->o->acts, acts);
     size_t begin, end;
     sm_share(p->n, 1, thread, n_threads, &begin, &end);
-    prepare_rows(p, begin, end, p->o->locals[thread].row, acts);
+    prepare_tokens(p, begin, end, p->o->locals[thread].row, acts);
 }
 
-/* Panels first .. first + n_panels - 1 of w for all tokens into tile [n][16 n_panels]. */
+/* Panels first .. first + n_panels - 1 of w for all rows into tile [rows][16 n_panels]. */
 static void multiply(const struct project *p, const struct sm_matrix *w,
                      const struct sm_acts *acts, size_t first, size_t n_panels, struct local *l,
                      float *tile) {
     struct sm_matmul m = {
         .out = tile, .ld = n_panels * SM_PANEL_ROWS,
         .panels = w->panels + first * w->panel_bytes, .panel_bytes = w->panel_bytes,
-        .n_panels = n_panels, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->n,
+        .n_panels = n_panels, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->rows,
         .scratch = l->scratch,
     };
     p->o->kernels->matmul[w->type](&m);
@@ -194,6 +211,10 @@ static void add_bias(const struct project *p, const struct sm_product *product, 
 static void finish(const struct project *p, const struct sm_product *product, size_t row,
                    size_t n_rows, size_t ld, float *tile) {
     const struct sm_kernels *k = p->o->kernels;
+    for (size_t t = 0; t < p->n && p->fine; t++) {
+        float *sum = tile + t * ld, *coarse = tile + 2 * t * ld, *rest = coarse + ld;
+        for (size_t r = 0; r < n_rows; r++) sum[r] = coarse[r] + rest[r];
+    }
     add_bias(p, product, row, n_rows, ld, tile);
     for (size_t t = 0; t < p->n; t++) {
         float *out = product->rows != NULL ? product->rows[t] : product->out + t * product->stride;
@@ -215,7 +236,7 @@ static void finish_gated(const struct project *p, size_t row, size_t n_rows, siz
 /* A thread's panels begin .. end - 1 of one product (of gate and up together). */
 static void run_panels(const struct project *p, const struct sm_product *product,
                        const struct sm_acts *acts, size_t begin, size_t end, struct local *l) {
-    size_t step = TILE_FLOATS / (p->n * SM_PANEL_ROWS);
+    size_t step = TILE_FLOATS / (p->rows * SM_PANEL_ROWS);
     if (step > 2) step -= step % 2;
     for (size_t i = begin; i < end; i += step) {
         size_t n_panels = SM_MIN(step, end - i), row = i * SM_PANEL_ROWS;
@@ -234,9 +255,9 @@ static void product_phase(void *arg, int thread, int n_threads) {
     const struct project *p = arg;
     struct local *l = &p->o->locals[thread];
     struct sm_acts acts[SM_ACT_COUNT];
-    if (p->n < SM_FEW) {
+    if (p->rows < SM_FEW) {
         place_acts(p, l->acts, acts);
-        prepare_rows(p, 0, p->n, l->row, acts);
+        prepare_tokens(p, 0, p->n, l->row, acts);
     } else {
         place_acts(p, p->o->acts, acts);
     }
@@ -244,7 +265,7 @@ static void product_phase(void *arg, int thread, int n_threads) {
     size_t all = 0, n_listed = p->gated != NULL ? 1 : p->n_products;
     for (size_t i = 0; i < n_listed; i++) all += p->products[i].w->n_panels;
     size_t begin, end, base = 0;
-    sm_share(all, p->n < MANY ? 1 : 2, thread, n_threads, &begin, &end);
+    sm_share(all, p->rows < MANY ? 1 : 2, thread, n_threads, &begin, &end);
     for (size_t i = 0; i < n_listed; i++) {
         size_t n = p->products[i].w->n_panels;
         size_t from = SM_MAX(begin, base), to = SM_MIN(end, base + n);
@@ -254,8 +275,9 @@ static void product_phase(void *arg, int thread, int n_threads) {
 }
 
 static void run_project(struct project *p) {
+    p->rows = p->fine ? 2 * p->n : p->n;
     for (size_t i = 0; i < p->n_products; i++) p->wants[sm_quants[p->products[i].w->type].act] = true;
-    if (p->n >= SM_FEW) run_phase(p->o, prepare_phase, p);
+    if (p->rows >= SM_FEW) run_phase(p->o, prepare_phase, p);
     run_phase(p->o, product_phase, p);
 }
 
@@ -263,6 +285,25 @@ void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
                     const struct sm_product *products, size_t n_products) {
     struct project p = {.o = o, .s = s, .products = products, .n_products = n_products, .n = n};
     run_project(&p);
+}
+
+void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
+                         const struct sm_product *product) {
+    if (sm_quants[product->w->type].act == SM_ACT_F32) { /* nothing is rounded */
+        sm_ops_project(o, n, s, product, 1);
+        return;
+    }
+    /* The shared activations have room for n_tokens rows: half as many tokens. */
+    size_t most = SM_MAX(o->n_tokens / 2, 1);
+    for (size_t t = 0; t < n; t += most) {
+        struct sm_source source = *s;
+        struct sm_product part = *product;
+        source.x += t * source.stride;
+        part.rows += t;
+        struct project p = {.o = o, .s = &source, .products = &part, .n_products = 1,
+                            .n = SM_MIN(most, n - t), .fine = true};
+        run_project(&p);
+    }
 }
 
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
