@@ -1,0 +1,143 @@
+"""README's examples and the programs in examples/ do what they are there to show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smallm
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.S | re.M)
+SETUP = [
+    'pip install . && smallm run "Why is the sky blue?"\n',
+    "pip install '.[test]' && pytest\n",
+]
+PACKAGE = Path(smallm.__file__).parent
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCKS if kind == language and text not in SETUP]
+
+
+def run(
+    command: list[str | Path], folder: Path, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def compiler() -> str:
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        pytest.skip("no C compiler here")
+    return found
+
+
+def compiled(source: Path, folder: Path) -> Path:
+    """The program of `source`, against the installed package; a warning is an error."""
+    program = folder / source.stem
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{PACKAGE / 'include'}"]
+    link = [f"-L{PACKAGE}", "-lsmallm", f"-Wl,-rpath,{PACKAGE}", "-o", str(program)]
+    run([compiler(), *flags, source, *link], folder)
+    return program
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def test_the_two_commands_are_there() -> None:
+    texts = [text for kind, text in BLOCKS if kind == "sh"]
+    assert texts[:2] == SETUP
+
+
+def test_readme_has_examples_in_each_language() -> None:
+    assert len(blocks("python")) >= 3 and len(blocks("sh")) >= 2 and len(blocks("c")) == 1
+
+
+@pytest.mark.parametrize("i", range(len(blocks("python"))))
+def test_readme_python(smollm2: smallm.Model, tmp_path: Path, i: int) -> None:
+    program = tmp_path / "example.py"
+    program.write_text(blocks("python")[i], encoding="utf-8")
+    done = run([sys.executable, program], tmp_path)
+    assert done.stdout.strip()
+    if i == 0:
+        assert done.stdout.startswith(" Paris")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_readme_shell_and_c(smollm2: smallm.Model, tmp_path: Path) -> None:
+    compiler()
+    (tmp_path / "hello.c").write_text(blocks("c")[0], encoding="utf-8")
+    for text in blocks("sh"):
+        done = run(["bash", "-e", "-c", text], tmp_path)
+        assert "Traceback" not in done.stderr
+        assert smollm2.info.path in done.stdout or "Paris" in done.stdout
+    compiled(tmp_path / "hello.c", tmp_path)
+
+
+def test_readme_names_every_parameter_and_exception() -> None:
+    for name in [*smallm.Params.__annotations__, "agenerate", "astream"]:
+        assert f"`{name}`" in README
+    for name in smallm.__all__:
+        kind = getattr(smallm, name)
+        later = name in ("GrammarError", "SmallmError")
+        if isinstance(kind, type) and issubclass(kind, Exception) and not later:
+            assert f"`{name}`" in README
+
+
+# ---- examples ------------------------------------------------------------------------------------
+
+
+def test_example_chat(tiny_chat: Path, tmp_path: Path) -> None:
+    program = ROOT / "examples" / "python" / "chat.py"
+    done = run([sys.executable, program, tiny_chat], tmp_path, "Hello\nAnd then?\n")
+    assert done.stdout.count("> ") >= 3 and len(done.stdout) > 20
+
+
+def test_example_batch(tiny_chat: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("Hello\nThe quick brown fox\n", encoding="utf-8")
+    program = ROOT / "examples" / "python" / "batch.py"
+    done = run([sys.executable, program, lines, tiny_chat], tmp_path)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(a["prompt"], a["seed"]) for a in answers] == [("Hello", 1), ("The quick brown fox", 2)]
+
+
+def test_example_surprise(tiny_chat: Path, tmp_path: Path) -> None:
+    program = ROOT / "examples" / "python" / "surprise.py"
+    done = run([sys.executable, program, "Hello there", tiny_chat], tmp_path)
+    with smallm.load(tiny_chat) as model:
+        n = len(model.tokenize("Hello there"))
+    assert done.stdout.count(" bits  ") == n - 1 and done.stdout.endswith("bits per token\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="built with POSIX flags")
+def test_examples_in_c(tiny_chat: Path, tmp_path: Path) -> None:
+    folder = ROOT / "examples" / "c"
+    with smallm.load(tiny_chat) as model:
+        expected = model.generate("Hello", temperature=0, max_tokens=12).text
+    program = compiled(folder / "generate.c", tmp_path)
+    assert run([program, tiny_chat, "Hello", "12"], tmp_path).stdout == expected + "\n"
+    missing = subprocess.run([program, "none.gguf", "a"], capture_output=True, text=True)
+    assert missing.returncode == 1 and "none.gguf" in missing.stderr
+    done = run([compiled(folder / "chat.c", tmp_path), tiny_chat], tmp_path, "Hello\nAnd then?\n")
+    assert done.stdout.count("> ") >= 3
