@@ -22,10 +22,10 @@ from common import (
     arguments,
     engines,
     machine,
-    median,
     model_path,
     prompt,
     ratios,
+    show,
     spread,
     table,
     write_json,
@@ -86,8 +86,8 @@ def main() -> None:
         rows.append(
             [
                 name,
-                f"{median(rates['quiet']):.1f}",
-                f"{median(rates['busy']):.1f}",
+                show(rates["quiet"]),
+                show(rates["busy"]),
                 spread(kept),
                 f"{100 * idle:.2f} %",
             ]

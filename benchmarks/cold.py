@@ -20,9 +20,9 @@ from common import (
     arguments,
     engines,
     machine,
-    median,
     model_path,
     ratios,
+    show,
     spread,
     table,
     write_json,
@@ -104,7 +104,7 @@ def main() -> None:
     ):
         ours, theirs = results[key]["smallm"], results[key].get(PEER, [])
         quotient = spread(ratios(ours, theirs))
-        rows.append([label, f"{median(ours):.3f}", f"{median(theirs):.3f}", quotient])
+        rows.append([label, show(ours, 3), show(theirs, 3), quotient])
     print(table(["", "smallm", PEER, "smallm / peer"], rows))
     write_json(options.json, results)
     if not results["first_token_s"]["smallm"]:

@@ -138,6 +138,11 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
+def show(values: Sequence[float], digits: int = 1) -> str:
+    """The median, or "-" where nothing was measured."""
+    return f"{median(values):.{digits}f}" if values else "-"
+
+
 def spread(values: Sequence[float]) -> str:
     """ "1.52 (1.49 to 1.57)": median and range."""
     if not values:

@@ -21,10 +21,10 @@ from common import (
     arguments,
     engines,
     machine,
-    median,
     model_path,
     prompt,
     ratios,
+    show,
     spread,
     table,
     write_json,
@@ -101,7 +101,7 @@ def report(results: dict[str, Any]) -> None:
         ours, theirs = results[key]["smallm"], results[key].get(PEER, [])
         quotient = ratios(ours, theirs)
         results[f"{key}_ratio"] = quotient
-        rows.append([label, f"{median(ours):.1f}", f"{median(theirs):.1f}", spread(quotient)])
+        rows.append([label, show(ours), show(theirs), spread(quotient)])
     print(table(["", "smallm", PEER, "times"], rows), end="\n\n")
 
     rows = []
@@ -112,9 +112,8 @@ def report(results: dict[str, Any]) -> None:
         together, apart = results[key]["together"], results[key]["apart"]
         quotient = ratios(together, apart)
         results[f"{key}_ratio"] = quotient
-        peer = median(results[key].get(f"{PEER} apart", []))
-        cells = [f"{median(together):.1f}", f"{median(apart):.1f}", f"{peer:.1f}"]
-        rows.append([label, *cells, spread(quotient)])
+        peer = results[key].get(f"{PEER} apart", [])
+        rows.append([label, show(together), show(apart), show(peer), spread(quotient)])
     print(table(["", "together", "apart", f"{PEER} apart", "together / apart"], rows))
 
 
