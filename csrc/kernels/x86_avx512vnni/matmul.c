@@ -17,7 +17,6 @@
 #define MANY_TOKENS 18
 #define UNPACK_COLUMNS 2048
 #define FEW_COLUMNS 512
-#define SCALED_TOKENS 4 /* the formats with integer scales need more registers a token */
 #define PREFETCH_BYTES 1536 /* ahead of each of the four streams of a single token */
 
 /* ---- codes ------------------------------------------------------------------------------------------------- */
@@ -171,8 +170,11 @@ INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile 
                                  : _mm512_setzero_ps();
     for (size_t b = 0; b < a->n_blocks; b++) {
         const int32_t *sum = a->sum + 16 * b; /* per 16 columns */
+#pragma GCC unroll 1
         for (int first = 0; first < n_sub; first += group_subs) {
             __m512 scaled[2][TILE_TOKENS];
+            for (int p = 0; p < n_p; p++)
+                for (int t = 0; t < n_t; t++) scaled[p][t] = _mm512_setzero_ps();
             for (int s = first; s < first + group_subs; s++) {
                 __m512i isum[2][TILE_TOKENS];
                 for (int t = 0; t < n_t; t++)
@@ -191,8 +193,7 @@ INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile 
                     __m512 scale = _mm512_cvtepi32_ps(load_scales(f, a->panel[p] + b * step, s));
                     for (int t = 0; t < n_t; t++) {
                         __m512 dot = _mm512_cvtepi32_ps(isum[p][t]);
-                        scaled[p][t] = s == first ? _mm512_mul_ps(dot, scale)
-                                                  : _mm512_fmadd_ps(dot, scale, scaled[p][t]);
+                        scaled[p][t] = _mm512_fmadd_ps(dot, scale, scaled[p][t]);
                     }
                 }
             }
@@ -232,73 +233,79 @@ INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile 
         for (int t = 0; t < n_t; t++) _mm512_storeu_ps(a->out + t * a->ld + p * ROWS, acc[p][t]);
 }
 
-INLINE void any_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct tile *a) {
-    if (f.scales == SM_SCALES_NONE)
-        plain_tile(f, unpacked, n_p, n_t, a);
-    else
-        scaled_tile(f, n_p, n_t, a);
-}
-
 /* ---- panels ------------------------------------------------------------------------------------------------ */
 
-/* All tokens of m against n_p panels from `panel` on, blocks first .. first + n_blocks - 1. */
-INLINE void run_tokens(struct sm_layout f, bool unpacked, int n_p, const struct sm_matmul *m,
-                       size_t panel, size_t first, size_t n_blocks) {
+/* Tokens t .. t + n_t - 1 of m against n_p panels from `panel` on, blocks from `first` on. */
+INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct sm_matmul *m,
+                     size_t panel, size_t t, size_t first, size_t n_blocks) {
     const struct sm_acts *acts = m->acts;
     const size_t sums = f.block == 32 ? 1 : 16; /* activation sums of a block */
-    const size_t max_t = f.scales == SM_SCALES_NONE ? TILE_TOKENS : SCALED_TOKENS;
     struct tile a = {.slab_step = 8 * 64, .n_blocks = n_blocks, .k_pad = acts->k_pad,
                      .row_blocks = acts->k_pad / (size_t)f.block, .ld = m->ld, .carry = first != 0};
+    size_t row = m->first + t, at = row * a.row_blocks + first;
     a.row_sums = a.row_blocks * sums;
+    a.q = acts->q + row * a.k_pad + first * (size_t)f.block;
+    a.d = acts->d + at;
+    a.s = f.block == 32 ? acts->s + at : NULL;
+    a.sum = acts->sum + at * sums;
+    a.out = m->out + t * m->ld + panel * ROWS;
     for (int p = 0; p < n_p; p++) {
         a.panel[p] = m->panels + (panel + (size_t)p) * m->panel_bytes + first * sm_layout_bytes(f);
         a.codes[p] = (uint8_t *)m->scratch + p * (UNPACK_COLUMNS * ROWS);
         if (f.low == 8) a.codes[p] = a.panel[p] + sm_layout_codes(f); /* need no unpacking */
     }
     if (f.low == 8) a.slab_step = sm_layout_bytes(f);
-    for (size_t t = 0; t < m->n_tokens; t += max_t) {
-        size_t row = m->first + t, at = row * a.row_blocks + first;
-        a.q = acts->q + row * a.k_pad + first * (size_t)f.block;
-        a.d = acts->d + at;
-        a.s = f.block == 32 ? acts->s + at : NULL;
-        a.sum = acts->sum + at * sums;
-        a.out = m->out + t * m->ld + panel * ROWS;
-        switch (SM_MIN(m->n_tokens - t, max_t)) {
-        case 1: any_tile(f, unpacked, n_p, 1, &a); break;
-        case 2: any_tile(f, unpacked, n_p, 2, &a); break;
-        case 3: any_tile(f, unpacked, n_p, 3, &a); break;
-        case 4: any_tile(f, unpacked, n_p, 4, &a); break;
-        case 5: any_tile(f, unpacked, n_p, 5, &a); break;
-        default: any_tile(f, unpacked, n_p, 6, &a); break;
-        }
+    if (f.scales == SM_SCALES_NONE)
+        plain_tile(f, unpacked, n_p, n_t, &a);
+    else
+        scaled_tile(f, n_p, n_t, &a);
+}
+
+/* Two panels over unpacked codes, UNPACK_COLUMNS columns (few tokens: FEW_COLUMNS, in L1) at a
+ * time, in tiles of 6 (4), 2 and 1 tokens. */
+INLINE void run_pair(struct sm_layout f, const struct sm_matmul *m, size_t panel) {
+    const size_t block = (size_t)f.block, all = m->acts->k_pad / block, n = m->n_tokens;
+    const size_t most = (n < MANY_TOKENS ? FEW_COLUMNS : UNPACK_COLUMNS) / block;
+    for (size_t b = 0; b < all; b += most) {
+        size_t n_b = SM_MIN(all - b, most), t = 0;
+        for (size_t p = 0; p < 2 && f.low < 8; p++)
+            unpack(f, (uint8_t *)m->scratch + p * (UNPACK_COLUMNS * ROWS),
+                   m->panels + (panel + p) * m->panel_bytes, b * block / SM_SLAB,
+                   n_b * block / SM_SLAB);
+        if (f.scales == SM_SCALES_NONE)
+            for (; t + 6 <= n; t += 6) run_tile(f, true, 2, 6, m, panel, t, b, n_b);
+        for (; t + 4 <= n; t += 4) run_tile(f, true, 2, 4, m, panel, t, b, n_b);
+        for (; t + 2 <= n; t += 2) run_tile(f, true, 2, 2, m, panel, t, b, n_b);
+        if (t < n) run_tile(f, true, 2, 1, m, panel, t, b, n_b);
     }
 }
 
-/* The same over unpacked codes, UNPACK_COLUMNS columns (few tokens: FEW_COLUMNS, in L1) at a time. */
-INLINE void run_unpacked(struct sm_layout f, int n_p, const struct sm_matmul *m, size_t panel) {
-    const size_t block = (size_t)f.block, all = m->acts->k_pad / block;
-    const size_t most = (m->n_tokens < MANY_TOKENS ? FEW_COLUMNS : UNPACK_COLUMNS) / block;
+/* One panel, token by token: the odd one of a share that has no neighbour. */
+INLINE void run_single(struct sm_layout f, const struct sm_matmul *m) {
+    const size_t block = (size_t)f.block, all = m->acts->k_pad / block, most = FEW_COLUMNS / block;
     for (size_t b = 0; b < all; b += most) {
-        size_t n = SM_MIN(all - b, most);
-        for (int p = 0; p < n_p && f.low < 8; p++)
-            unpack(f, (uint8_t *)m->scratch + p * (UNPACK_COLUMNS * ROWS),
-                   m->panels + (panel + (size_t)p) * m->panel_bytes, b * block / SM_SLAB,
-                   n * block / SM_SLAB);
-        run_tokens(f, true, n_p, m, panel, b, n);
+        size_t n_b = SM_MIN(all - b, most);
+        if (f.low < 8)
+            unpack(f, m->scratch, m->panels, b * block / SM_SLAB, n_b * block / SM_SLAB);
+        for (size_t t = 0; t < m->n_tokens; t++) run_tile(f, true, 1, 1, m, 0, t, b, n_b);
     }
 }
 
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
-    const bool plain = f.scales == SM_SCALES_NONE;
-    const size_t all = m->acts->k_pad / (size_t)f.block;
-    size_t p = 0;
-    if (plain && m->n_tokens == 1) {
-        for (; p + 4 <= m->n_panels; p += 4) run_tokens(f, false, 4, m, p, 0, all);
-        for (; p < m->n_panels; p++) run_tokens(f, false, 1, m, p, 0, all);
-    } else {
-        for (; p + 2 <= m->n_panels; p += 2) run_unpacked(f, 2, m, p);
-        if (p < m->n_panels) run_unpacked(f, 1, m, p);
+    size_t p = 0, n = m->n_panels;
+    if (f.scales == SM_SCALES_NONE && m->n_tokens == 1 && n >= 4) {
+        const size_t all = m->acts->k_pad / SM_SLAB;
+        for (; p + 4 <= n; p += 4) run_tile(f, false, 4, 1, m, p, 0, 0, all);
+        /* A rest runs over some panels again: the same numbers in the same places. */
+        if (p < n) run_tile(f, false, 4, 1, m, n - 4, 0, 0, all);
+        return;
     }
+    if (n == 1) {
+        run_single(f, m);
+        return;
+    }
+    for (; p + 2 <= n; p += 2) run_pair(f, m, p);
+    if (p < n) run_pair(f, m, n - 2);
 }
 
 #define SM_CODES(NAME, name, ...)                              \
