@@ -46,7 +46,7 @@ class Reference:
     dtype: float32 or float64, of all arithmetic.
     kv: "f32", or "f16": keys and values rounded as a float16 cache holds them.
     activations: "float", or "int8": inputs of quantized matrices rounded, per 32 values (K-quants:
-      per 256).
+      per 256); the head's in two steps.
     """
 
     def __init__(
@@ -90,11 +90,14 @@ class Reference:
             raise ValueError(f"the reference does not know rope scaling {scaling!r}")
         self.rope_factor = key("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
 
-    def matmul(self, name: str, x: np.ndarray) -> np.ndarray:
-        """x [n, k] -> [n, rows], with the bias where the file has one."""
+    def matmul(self, name: str, x: np.ndarray, *, fine: bool = False) -> np.ndarray:
+        """x [n, k] -> [n, rows], with the bias where the file has one.  fine: what rounding x to
+        int8 lost is rounded to int8, too, and added."""
         kind = self.types[name]
         if self.activations == "int8" and kind not in _FLOAT_TYPES:
-            x = round_int8(x, 256 if kind in _K_QUANT_TYPES else 32)
+            block = 256 if kind in _K_QUANT_TYPES else 32
+            rounded = round_int8(x, block)
+            x = rounded + round_int8(x - rounded, block) if fine else rounded
         y = x @ self.weights[name].T
         bias = self.weights.get(name.removesuffix(".weight") + ".bias")
         return y if bias is None else y + bias
@@ -158,7 +161,7 @@ class Reference:
         """[n, n_vocab]"""
         tied = "output.weight" not in self.weights
         head = "token_embd.weight" if tied else "output.weight"
-        return self.matmul(head, self.hidden(ids))
+        return self.matmul(head, self.hidden(ids), fine=True)
 
     def greedy(self, ids: list[int], n: int) -> list[int]:
         """The n tokens that follow."""
