@@ -99,8 +99,8 @@ def test_quantized_formats(tmp_path: Path, name: str, tied: bool) -> None:
     the order of float additions (some 4e-7 of the logits' deviation), except where a value lay so
     close to a rounding boundary that the two fall on different sides; one such flip moves the
     logits by about a percent, and meets fewer than one prompt in three.  So the *median* over
-    prompts must be below 1e-5: a scale, min, code or sub-block that is wrong by one part in 1e4
-    anywhere fails.
+    prompts must be below 1e-5: weights that are off by one part in 1e4 give 5e-5 and more, one
+    sub-block of eight that is off by one part in 500 gives 2e-4 and more.
 
     Against the reference without rounding each int8 value is off by up to half a unit, 1 / 254 of
     its block's largest value, which over the few layers here amounts to 2 to 7 percent of the
