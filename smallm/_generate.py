@@ -436,12 +436,17 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
-        while True:
-            chunk = self._pull(PULL_MS)
-            if chunk is not None:
-                return chunk
-            if self._completion is not None:
-                raise StopIteration
+        try:
+            while True:
+                chunk = self._pull(PULL_MS)
+                if chunk is not None:
+                    return chunk
+                if self._completion is not None:
+                    break
+        except BaseException:  # Ctrl-C: its traceback may keep this object, so do not wait for that
+            self.cancel()
+            raise
+        raise StopIteration
 
     def __enter__(self) -> Stream:
         return self

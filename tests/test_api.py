@@ -872,6 +872,6 @@ def test_the_last_model_stays_loaded(
 
 def test_the_default_model_is_fetched_and_knows_the_capital(smollm2: smallm.Model) -> None:
     assert smallm.generate("The capital of France is", temperature=0).text.startswith(" Paris")
-    answer = smallm.chat("What is the capital of France?", temperature=0, max_tokens=32)
-    assert "Paris" in str(answer)
-    assert smollm2.info.license == "apache-2.0" or smollm2.info.license == ""
+    ids = smollm2.tokenize("The capital of France is")
+    assert smollm2.detokenize([int(smollm2.logits(ids)[-1].argmax())]) == " Paris"
+    assert str(smallm.chat("Say hello.", temperature=0, max_tokens=16)).strip()
