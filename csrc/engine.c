@@ -69,7 +69,7 @@ struct smallm_request {
     int32_t n_prompt, n_tokens;
     int32_t limit;   /* tokens to generate at most; prompt and answer fit the context */
     int32_t n_chunk, n_logprobs;
-    int32_t n_take;  /* of the prompt in the pass being built */
+    int32_t n_take;  /* tokens in the pass being built */
     float *logits;   /* the caller's [n_prompt][n_vocab], or NULL */
     float *row;      /* [n_vocab] the newest position's; NULL where limit is 0 */
     struct sm_sampler *sampler;
@@ -446,15 +446,17 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
 
 /* Chooses the next pass.  Decoding requests come first, a token each, and leave room for prompts:
  * where they alone would fill the passes, every other one gives half of itself to prompts.  Prompts
- * share their room evenly; what short ones leave goes to the oldest. */
+ * share their room evenly; what short ones leave goes to the first.  Who runs goes behind who must
+ * wait. */
 static void build(smallm_engine *e) {
-    int32_t n_batch = e->params.n_batch, n_decode = 0, n_prompts = 0;
-    smallm_request *r, *following;
+    int32_t n_batch = e->params.n_batch, n_decode = 0, n_prompts = 0, n_active;
+    smallm_request *r;
     for (r = e->active.first; r; r = r->next) {
         r->n_take = 0;
         if (decodes(r)) n_decode++;
         else n_prompts++;
     }
+    n_active = n_decode + n_prompts;
     int32_t decode_room = SM_MIN(n_decode, n_batch);
     if (n_decode >= n_batch && n_prompts > 0) {
         e->prompts_turn = !e->prompts_turn;
@@ -462,20 +464,6 @@ static void build(smallm_engine *e) {
     }
     int32_t room = SM_MIN(n_batch - decode_room, e->prefill_cap);
     if (n_decode > 0) room = SM_MIN(room, MIXED_PREFILL);
-
-    e->n_spans = 0;
-    bool rotate = decode_room < n_decode; /* the others come first next time */
-    smallm_request *last = e->active.last;
-    for (r = e->active.first; r && decode_room > 0; r = following) {
-        following = r == last ? NULL : r->next;
-        if (!decodes(r)) continue;
-        add_span(e, r, 1);
-        decode_room--;
-        if (rotate) {
-            take_out(&e->active, r);
-            append(&e->active, r);
-        }
-    }
     int32_t share = n_prompts > 0 ? SM_MAX(room / n_prompts, 1) : 0;
     for (int round = 0; round < 2; round++) {
         for (r = e->active.first; r && room > 0; r = r->next) {
@@ -486,8 +474,17 @@ static void build(smallm_engine *e) {
             room -= n;
         }
     }
+    e->n_spans = 0;
     for (r = e->active.first; r; r = r->next) {
-        if (!decodes(r) && r->n_take > 0) add_span(e, r, r->n_take);
+        if (decodes(r) && decode_room > 0) {
+            decode_room--;
+            r->n_take = 1;
+        }
+        if (r->n_take > 0) add_span(e, r, r->n_take);
+    }
+    for (int i = 0; i < e->n_spans && e->n_spans < n_active; i++) {
+        take_out(&e->active, e->in_pass[i]);
+        append(&e->active, e->in_pass[i]);
     }
 }
 

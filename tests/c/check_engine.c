@@ -243,6 +243,79 @@ static void check_together(void) {
     smallm_engine_close(e);
 }
 
+/* ---- fairness, slow readers ------------------------------------------------------------------ */
+
+static double total_s(const struct result *r) {
+    return r->stats.queue_s + r->stats.prefill_s + r->stats.decode_s;
+}
+
+/* Neither many tokens to decode nor a long prompt keeps the other kind waiting to its end, even
+ * where a pass holds one token.  Both are submitted at once; the shorter ends first. */
+static void check_fair(void) {
+    static struct result longer, shorter;
+    int32_t prompt[128], ids[] = {find_token("a"), find_token("b")};
+    make_prompt(prompt, 128, 50);
+    for (int kind = 0; kind < 2; kind++) {
+        struct forced f, g;
+        smallm_request_params p = kind ? request(prompt, 128, 1) : request(prompt, 1, 200);
+        smallm_request_params q = kind ? request(prompt + 1, 1, 20) : request(prompt + 1, 8, 2);
+        force(&f, &p, ids, 2);
+        force(&g, &q, ids, 2);
+        smallm_engine *e = open_engine((smallm_engine_params){.n_batch = 1});
+        smallm_request *a = submit(e, &p), *b = submit(e, &q);
+        drain(b, &shorter);
+        drain(a, &longer);
+        CHECK(longer.status == SMALLM_DONE && shorter.status == SMALLM_DONE, "kind %d", kind);
+        CHECK(total_s(&shorter) < total_s(&longer), "kind %d: %g s, the longer %g s", kind,
+              total_s(&shorter), total_s(&longer));
+        smallm_request_free(a);
+        smallm_request_free(b);
+        smallm_engine_close(e);
+        free(f.allowed);
+        free(g.allowed);
+    }
+}
+
+/* The engine runs ahead of readers that sleep, catch up and fall behind again; all get all. */
+static void check_slow_reader(void) {
+    enum { N = 150, BURST = 40 };
+    struct forced f;
+    int32_t prompt[4], ids[] = {find_token("a"), find_token("b"), find_token("c")};
+    make_prompt(prompt, 4, 60);
+    smallm_engine *e = open_engine((smallm_engine_params){0});
+    smallm_request_params p = request(prompt, 4, N);
+    p.n_logprobs = 64;
+    force(&f, &p, ids, 3);
+    static int32_t top_ids[2][N][64];
+    static float top[2][N][64];
+    for (int slow = 0; slow < 2; slow++) {
+        smallm_request *r = submit(e, &p);
+        smallm_chunk c = {.size = sizeof c};
+        int n = 0, rc;
+        while ((rc = smallm_request_next(r, 100, &c, NULL)) == SMALLM_OK || rc == SMALLM_AGAIN) {
+            if (rc != SMALLM_OK) continue;
+            CHECK(c.token == ids[n % 3] && c.n_text == 1 && c.text[0] == "abc"[n % 3], "%d", n);
+            CHECK(c.n_top == 64 && n < N, "%d alternatives", (int)c.n_top);
+            if (n == N || c.n_top != 64) break;
+            memcpy(top_ids[slow][n], c.top_ids, sizeof top_ids[slow][n]);
+            memcpy(top[slow][n], c.top_logprobs, sizeof top[slow][n]);
+            n++;
+            /* Lets the engine run ahead by a burst, then reads all of it and one more. */
+            smallm_request_stats s = {.size = sizeof s};
+            while (slow && n % (BURST + 1) == 1 && s.finish == 0 && s.n_completion < n + BURST) {
+                sm_cpu_relax_os();
+                smallm_request_get_stats(r, &s, NULL);
+            }
+        }
+        CHECK(rc == SMALLM_DONE && n == N, "%d, %d chunks", rc, n);
+        smallm_request_free(r);
+    }
+    CHECK(memcmp(top_ids[0], top_ids[1], sizeof top_ids[0]) == 0, "alternatives");
+    CHECK(memcmp(top[0], top[1], sizeof top[0]) == 0, "their probabilities");
+    smallm_engine_close(e);
+    free(f.allowed);
+}
+
 /* ---- prompts: logits, chunks, what is cached ------------------------------------------------- */
 
 static void check_logits(void) {
@@ -745,6 +818,8 @@ int main(int argc, char **argv) {
     model_info.size = sizeof model_info;
     CHECK(smallm_model_get_info(model, &model_info, NULL) == SMALLM_OK, "info");
     check_together();
+    check_fair();
+    check_slow_reader();
     check_logits();
     check_cached();
     check_text();
