@@ -11,8 +11,8 @@ struct sm_sampler; /* one per request; one thread at a time */
 
 /* Judges every field (SMALLM_E_ARGUMENT names it, the value and the range) and copies what it
  * points to. */
-int sm_sampler_new(const smallm_sampling *params, int32_t n_vocab, int32_t n_ctx, struct sm_sampler **out,
-                   smallm_error *err);
+int sm_sampler_new(const smallm_sampling *params, int32_t n_vocab, int32_t n_ctx,
+                   struct sm_sampler **out, smallm_error *err);
 void sm_sampler_free(struct sm_sampler *s); /* NULL allowed */
 
 /* Tells the sampler of a token of the text so far (prompt tokens too), for the penalties. */
@@ -26,9 +26,9 @@ struct sm_sampled {
     float top_logprobs[64];
 };
 
-/* Chooses from logits [n_vocab], which it does not change.  n_top: alternatives to report, 0 .. 64, -1: not even
- * the token's own probability.  SMALLM_E_NUMERIC where a logit is NaN or no token has a finite one
- * (the mask and bias forbid all: SMALLM_E_ARGUMENT).  Allocates nothing. */
+/* Chooses from logits [n_vocab], which it does not change.  n_top: alternatives to report, 0 .. 64,
+ * -1: not even the token's own probability.  SMALLM_E_NUMERIC where a logit is NaN or all are
+ * -infinity; SMALLM_E_ARGUMENT where the mask and bias forbid all.  Allocates nothing. */
 int sm_sampler_next(struct sm_sampler *s, const float *logits, int n_top, struct sm_sampled *out,
                     smallm_error *err);
 
