@@ -16,6 +16,7 @@ MAY_INCLUDE = {
     "mem": {"os"},
     "os": set(),
     "os_posix": {"os"},
+    "gate": {"os"},
     "os_windows": {"os"},
     "f16": set(),
     "fma": set(),
@@ -37,7 +38,7 @@ MAY_INCLUDE = {
     "session": {"model", "forward", "cache", "cpu"},
     "sampler": {"mathx"},
     "engine": {"session", "sampler", "model", "tokenizer", "cpu", "os", "threads"},
-    "api": {"engine", "model", "kernels", "cpu", "os"},
+    "api": {"engine", "model", "kernels", "cpu", "os", "threads", "tokenizer"},
 }
 
 
