@@ -7,6 +7,8 @@ be prompt, frames that may end in an exception do not keep handles in locals.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from ._errors import (
@@ -62,6 +64,27 @@ def check(status: int, error: CData) -> int:
         return status
     message = text(error.message) or f"smallm failed with status {status}"
     raise _EXCEPTIONS.get(status, SmallmError)(message)
+
+
+def on(box: CData, function: Callable[..., int], *arguments: Any) -> int:
+    """Calls a C function on what `box` owns; as an argument of this call, the box outlives it."""
+    return function(box[0], *arguments)
+
+
+def interruptible(call: Callable[[], int]) -> int:
+    """Runs a call into C that may take long, so that Ctrl-C ends the wait for it at once.
+
+    After an interrupt `call` still comes to its end; what it writes to and what owns that has to be
+    kept alive by `call` itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()  # signals are handled elsewhere
+    result: list[int] = []
+    thread = threading.Thread(target=lambda: result.append(call()), daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    return result[0]
 
 
 def version() -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from ._binding import CData, check, ffi, lib, new
+from ._binding import CData, check, ffi, lib, new, on
 from ._errors import SmallmError
 
 if TYPE_CHECKING:
@@ -344,8 +344,8 @@ def submit(
 ) -> CData:
     """Submits `ids` and returns a `smallm_request **` that owns the request.
 
-    `engine` is asked for the handle at the last moment.  `options` None: only the prompt is run.
-    `logits` is a writable [n_ids][n_vocab] buffer, kept alive as long as the request.
+    `engine` is asked for the engine's box at the last moment.  Without `options` only the prompt is
+    run.  `logits` is a writable [n_ids][n_vocab] buffer, kept alive as long as the request.
     """
     params, error = new("request_params"), new("error")
     sampling = params.sampling
@@ -389,7 +389,7 @@ def submit(
         lib.smallm_request_free(box[0])
 
     box = ffi.gc(ffi.new("smallm_request **"), free)
-    check(lib.smallm_engine_submit(engine(), params, box, error), error)
+    check(on(engine(), lib.smallm_engine_submit, params, box, error), error)
     return box
 
 

@@ -6,11 +6,12 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from . import _chat
-from ._binding import CData, check, ffi, lib, new, text
+from ._binding import CData, check, ffi, interruptible, lib, new, on, text
 from ._errors import (
     ClosedError,
     ContextOverflowError,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Messages = str | Sequence[Mapping[str, Any]]
+
+LONG_TEXT = 1 << 18  # bytes that take long enough to tokenize for Ctrl-C to matter
 
 _KV = {"f16": lib.SMALLM_KV_F16, "f32": lib.SMALLM_KV_F32}
 
@@ -81,16 +84,16 @@ class ModelInfo(NamedTuple):
 
 
 class _Handles:
-    """The C objects; the engine is closed before the model it runs is freed."""
+    """Boxes that own the C objects; the engine is closed before the model it runs is freed."""
 
     __slots__ = ("engine", "model")
 
-    def __init__(self, model: CData, engine: CData) -> None:
-        def close(engine: CData, model: CData = model) -> None:
-            lib.smallm_engine_close(engine)
+    def __init__(self, model: CData) -> None:
+        def close(box: CData, model: CData = model) -> None:
+            lib.smallm_engine_close(box[0])
 
         self.model = model
-        self.engine = ffi.gc(engine, close)
+        self.engine = ffi.gc(ffi.new("smallm_engine **"), close)
 
 
 class Model:
@@ -124,21 +127,16 @@ class Model:
 
         error, params = new("error"), new("model_params")
         params.n_threads, params.memory_limit = n_threads, limit
-        out = ffi.new("smallm_model **")
         name = os.fsencode(self._path)
         if b"\0" in name:
             raise ValueError("the path holds a NUL character")
-        model = None
-        try:
-            check(lib.smallm_model_open(name, params, out, error), error)
-            model = ffi.gc(out[0], lib.smallm_model_free)
-        finally:
-            if model is None and out[0]:
-                lib.smallm_model_free(out[0])
+        # The boxes own what C writes to them, whatever is raised in between.
+        box = ffi.gc(ffi.new("smallm_model **"), lambda box: lib.smallm_model_free(box[0]))
+        check(interruptible(lambda: lib.smallm_model_open(name, params, box, error)), error)
         info = new("model_info")
-        check(lib.smallm_model_get_info(model, info, error), error)
+        check(lib.smallm_model_get_info(box[0], info, error), error)
         self._info = info
-        self._metadata = _metadata(model)
+        self._metadata = _metadata(box[0])
 
         settings = new("engine_params")
         settings.n_threads, settings.n_ctx, settings.kv_type = n_threads, n_ctx, _KV[kv]
@@ -149,13 +147,9 @@ class Model:
                     f"nothing of memory_limit={limit} to run them"
                 )
             settings.memory_limit = limit - info.n_packed_bytes
-        box = ffi.new("smallm_engine **")
-        try:
-            check(lib.smallm_engine_open(model, settings, box, error), error)
-            self._handles = _Handles(model, box[0])
-        finally:
-            if self._handles is None and box[0]:
-                lib.smallm_engine_close(box[0])
+        handles = _Handles(box)
+        check(lib.smallm_engine_open(box[0], settings, handles.engine, error), error)
+        self._handles = handles
         self._kv = kv
         self._defaults = Defaults.of(self._metadata)
         self._ctx: int = self._engine_info().n_ctx
@@ -209,7 +203,7 @@ class Model:
 
     def _engine_info(self) -> CData:
         out, error = new("engine_info"), new("error")
-        check(lib.smallm_engine_get_info(self._live().engine, out, error), error)
+        check(on(self._live().engine, lib.smallm_engine_get_info, out, error), error)
         return out
 
     @property
@@ -267,12 +261,11 @@ class Model:
         flags |= lib.SMALLM_PARSE_SPECIAL if parse_special else 0
         capacity = len(data) + 8
         ids, n_ids, error = ffi.new("int32_t[]", capacity), ffi.new("size_t *"), new("error")
-        check(
-            lib.smallm_tokenize(
-                self._live().model, data, len(data), flags, ids, capacity, n_ids, error
-            ),
-            error,
-        )
+        arguments = (data, len(data), flags, ids, capacity, n_ids, error)
+        call = partial(on, self._live().model, lib.smallm_tokenize, *arguments)
+        status = interruptible(call) if len(data) > LONG_TEXT else call()
+        del call
+        check(status, error)
         result: list[int] = ffi.unpack(ids, n_ids[0])
         return result
 
@@ -286,12 +279,8 @@ class Model:
         capacity, n_bytes, error = 16 * len(tokens) + 16, ffi.new("size_t *"), new("error")
         while True:
             buffer = ffi.new("char[]", capacity)
-            check(
-                lib.smallm_detokenize(
-                    self._live().model, tokens, len(tokens), flags, buffer, capacity, n_bytes, error
-                ),
-                error,
-            )
+            arguments = (tokens, len(tokens), flags, buffer, capacity, n_bytes, error)
+            check(on(self._live().model, lib.smallm_detokenize, *arguments), error)
             if n_bytes[0] <= capacity:
                 data: bytes = ffi.unpack(buffer, n_bytes[0])
                 return data.decode("utf-8", "replace")
@@ -530,6 +519,8 @@ def load(
     """
     from . import _catalog
 
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be a function or a bool, not {type(progress).__name__}")
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model must be a path or a name, not {type(model).__name__}")
     found = _catalog.resolve(model, offline=offline, progress=progress)
