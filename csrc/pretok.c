@@ -6,7 +6,8 @@
  *
  * Invariants: a matcher reads only s[0..n), is called with i < n at the start of a character, and
  * returns the end of the match that begins at i, or i where none does.  Its cost is proportional to
- * the bytes it matches, or constant where it fails, so that a step is linear in its span. */
+ * the bytes it matches, or constant where it fails, so that a step is linear in its span.
+ * match_byte_digits looks at every byte instead, match_triple after it at parts of characters. */
 #include "pretok.h"
 
 #include "unicode.h"
@@ -147,6 +148,15 @@ static size_t match_digits(const uint8_t *s, size_t i, size_t n) {
     return run(s, i, n, BIT(SM_CHAR_NUMBER));
 }
 
+/* \p{N}+ among the characters that byte-level BPE writes bytes as: digits, and the bytes of
+ * U+00B2, U+00B3, U+00B9 and U+00BC .. U+00BE in Latin-1, wherever they occur. */
+static size_t match_byte_digits(const uint8_t *s, size_t i, size_t n) {
+    while (i < n && ((s[i] >= '0' && s[i] <= '9') || s[i] == 0xB2 || s[i] == 0xB3 || s[i] == 0xB9 ||
+                     (s[i] >= 0xBC && s[i] <= 0xBE)))
+        i++;
+    return i;
+}
+
 /* [0-9][0-9][0-9] */
 static size_t match_triple(const uint8_t *s, size_t i, size_t n) {
     if (n - i < 3) return i;
@@ -250,8 +260,7 @@ static size_t match_asian(const uint8_t *s, size_t i, size_t n) {
 
 /* ---- the rows -------------------------------------------------------------------------------- */
 
-/* falcon's own tokenizer takes the digits apart after mapping bytes to characters, where some bytes
- * of other characters pass for digits; it was trained so, hence no merge tells the difference. */
+/* falcon's tokenizer takes digits apart only after it has written bytes as characters. */
 static const struct sm_pretok rows[] = {
     {"gpt-2", false, false, {match_gpt2}},
     {"gpt-neox", false, false, {match_gpt2}},
@@ -262,7 +271,7 @@ static const struct sm_pretok rows[] = {
     {"command-r", false, false, {match_digit, match_gpt2}},
     {"llama-bpe", true, true, {match_llama3}},
     {"qwen2", false, false, {match_qwen2}},
-    {"falcon", false, false, {match_falcon_marks, match_gpt2, match_digits, match_triple}},
+    {"falcon", false, false, {match_falcon_marks, match_gpt2, match_byte_digits, match_triple}},
     {"default", false, false, {match_default_marks, match_gpt2, match_digits, match_triple}},
     {"deepseek-coder", false, false,
      {match_newline, match_letters, match_marks, match_asian, match_digit}},
@@ -302,7 +311,7 @@ static int split(match_fn *const *steps, const uint8_t *s, size_t n, sm_piece_fn
     while (i < n) {
         size_t end = (*steps)(s, i, n);
         if (end == i) {
-            i += sm_utf8_length(s[i]);
+            i += *steps == match_byte_digits ? 1 : sm_utf8_length(s[i]);
             continue;
         }
         int rc = 0;

@@ -28,7 +28,7 @@ enum kind { /* tokenizer.ggml.token_type */
 
 struct words { /* text -> id */
     const struct sm_str *text; /* [n_vocab] */
-    uint32_t *slots;           /* [mask + 1] id + 1, 0: empty */
+    uint64_t *slots;           /* [mask + 1] upper half of the hash, then id + 1; 0: empty */
     size_t mask;
 };
 
@@ -159,11 +159,14 @@ static size_t table_size(size_t n) {
 
 /* The token whose text is a followed by b and has this hash, or -1. */
 static int32_t words_find(const struct words *w, uint64_t h, struct sm_str a, struct sm_str b) {
-    for (size_t i = mix(h) & w->mask; w->slots[i] != 0; i = (i + 1) & w->mask) {
-        const struct sm_str *text = &w->text[w->slots[i] - 1];
+    h = mix(h);
+    for (size_t i = h & w->mask; w->slots[i] != 0; i = (i + 1) & w->mask) {
+        if ((w->slots[i] ^ h) >> 32 != 0) continue;
+        uint32_t id = (uint32_t)w->slots[i] - 1;
+        const struct sm_str *text = &w->text[id];
         if (text->n == a.n + b.n && memcmp(text->s, a.s, a.n) == 0 &&
             memcmp(text->s + a.n, b.s, b.n) == 0)
-            return (int32_t)(w->slots[i] - 1);
+            return (int32_t)id;
     }
     return -1;
 }
@@ -176,10 +179,11 @@ static int32_t words_get(const struct words *w, struct sm_str s) {
 
 /* Adds the id under its text, which is not in the table yet.  false: too many texts collide. */
 static bool words_add(struct words *w, int32_t id) {
-    size_t i = mix(hash_more(0, w->text[id].s, w->text[id].n)) & w->mask;
+    uint64_t h = mix(hash_more(0, w->text[id].s, w->text[id].n));
+    size_t i = h & w->mask;
     for (int probes = 0; w->slots[i] != 0; i = (i + 1) & w->mask)
         if (++probes == MAX_PROBES) return false;
-    w->slots[i] = (uint32_t)id + 1;
+    w->slots[i] = (h >> 32 << 32) | ((uint32_t)id + 1);
     return true;
 }
 
@@ -486,6 +490,8 @@ static int load_merges(struct build *b) {
     if (b->merges.n >= NONE)
         return sm_fail(b->err, SMALLM_E_CORRUPT, "%s: %s has %zu entries", b->path, key,
                        b->merges.n);
+    if (!sm_grow(&b->list, &b->cap_list, b->merges.n, sizeof *b->list))
+        return out_of_memory(b, "merges");
     for (size_t i = 0; i < b->merges.n && status == SMALLM_OK; i++) {
         struct sm_str s = sm_gguf_array_string(&b->merges, i);
         const char *space = s.n > 2 ? memchr(s.s + 1, ' ', s.n - 2) : NULL;
@@ -523,6 +529,8 @@ static int load_splits(struct build *b) {
     struct sm_tokenizer *t = b->t;
     uint64_t inverse = HASH_BASE; /* of the base, by Newton's iteration */
     for (int i = 0; i < 6; i++) inverse *= 2 - HASH_BASE * inverse;
+    if (!sm_grow(&b->list, &b->cap_list, 2 * b->tokens.n, sizeof *b->list)) /* the usual number */
+        return out_of_memory(b, "merges");
     for (int32_t id = 0; id < t->n_vocab; id++) {
         if (t->kinds[id] != KIND_NORMAL) continue;
         struct sm_str s = token_text(b, id);

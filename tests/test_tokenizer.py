@@ -30,9 +30,6 @@ words = st.sampled_from(reference.WORDS).map(lambda word: " " + word)
 runs = st.builds(lambda s, n: s * n, fragments, st.integers(1, 40))
 texts = st.lists(st.one_of(fragments, fragments, words, characters, runs), max_size=24).map("".join)
 
-# All scripts at once, in the order in which they tend to break things.
-EVERYTHING = "".join(reference.FRAGMENTS) + " ".join(reversed(reference.FRAGMENTS))
-
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_start|>system", "<|i")
 USER = ("  ", "      ", "<tool>", "</tool>", "\n\n\n", "tool")
 
@@ -73,7 +70,6 @@ def types(*values: int) -> KV:
 def test_byte_level_ids(load: Callable[..., Any], name: str) -> None:
     oracle, keys = reference.trained_byte_level(name)
     model = load(name, keys)
-    assert model.tokenize(EVERYTHING, add_special=False) == oracle.encode(EVERYTHING).ids
 
     @SETTINGS
     @given(texts)
@@ -85,21 +81,18 @@ def test_byte_level_ids(load: Callable[..., Any], name: str) -> None:
     check()
 
 
-# falcon takes digits apart after bytes have become characters; these bytes then pass for digits.
-FALCON_DIGITS = {0xB2, 0xB3, 0xB9, 0xBC, 0xBD, 0xBE}
-
-
 @pytest.mark.parametrize("name", reference.PRE_TOKENIZERS)
 def test_byte_level_splits(load: Callable[..., Any], name: str) -> None:
     """With merges that cross the splits, a missing split changes the ids."""
-    oracle, keys = reference.trained_byte_level(name, 3000, crossing=True)
+    oracle, keys = reference.trained_byte_level(name, 6000, crossing=True)
     model = load(name + " crossing", keys)
+
+    for text in reference.pairs():
+        assert model.tokenize(text, add_special=False) == oracle.encode(text).ids
 
     @SETTINGS
     @given(texts)
     def check(text: str) -> None:
-        if name == "falcon":
-            text = "".join(c for c in text if not FALCON_DIGITS & set(c.encode()))
         assert model.tokenize(text, add_special=False) == oracle.encode(text).ids
 
     check()

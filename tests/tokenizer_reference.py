@@ -190,6 +190,13 @@ def corpus(seed: int = 0, n_lines: int = 3000) -> tuple[str, ...]:
     return tuple(lines)
 
 
+@cache
+def pairs() -> tuple[str, ...]:
+    """Texts in which every fragment stands before every other, run together and on lines."""
+    texts = [sep.join(a + b for b in FRAGMENTS) for a in FRAGMENTS for sep in ("", "\n")]
+    return tuple(texts)
+
+
 # ---- byte-level BPE ----------------------------------------------------------------------------
 
 
@@ -228,7 +235,7 @@ def trained_byte_level(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator([*corpus(), *(pairs() if crossing else ())], trainer)
     tokenizer.pre_tokenizer = pre_tokenizer(name)
     tokenizer.add_tokens([AddedToken(text, normalized=True) for text in user])
     return tokenizer, byte_level_keys(name, tokenizer)

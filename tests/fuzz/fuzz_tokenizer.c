@@ -1,0 +1,459 @@
+/* Any bytes as a text for good tokenizers, and any bytes as a tokenizer.
+ *
+ *   cmake -S . -B build-fuzz -G Ninja -DCMAKE_C_COMPILER=clang -DSMALLM_FUZZ=ON
+ *         -DSMALLM_SANITIZE=address,undefined,fuzzer-no-link
+ *   build-fuzz/fuzz_tokenizer -runs=1000000 corpus
+ *
+ * The first byte of the input chooses: a text (ids in range, the text back, UTF-8 judged as a
+ * second implementation does), a good file with bytes changed, or a vocabulary built from the
+ * input, also with one allocation failing. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "pretok.h"
+#include "tokenizer.h"
+
+#define CHECK(condition)           \
+    do {                           \
+        if (!(condition)) abort(); \
+    } while (0)
+
+/* ---- GGUF images ----------------------------------------------------------------------------- */
+
+struct image {
+    uint8_t *bytes;
+    size_t n, cap;
+    size_t n_keys;
+};
+
+static void put(struct image *m, const void *p, size_t n) {
+    if (m->n + n > m->cap) {
+        m->cap = 2 * (m->n + n) + 256;
+        m->bytes = realloc(m->bytes, m->cap);
+        CHECK(m->bytes);
+    }
+    memcpy(m->bytes + m->n, p, n);
+    m->n += n;
+}
+
+static void put_u32(struct image *m, uint32_t v) { put(m, &v, sizeof v); }
+static void put_u64(struct image *m, uint64_t v) { put(m, &v, sizeof v); }
+static void put_string(struct image *m, const char *s, size_t n) {
+    put_u64(m, n);
+    put(m, s, n);
+}
+
+static void begin(struct image *m) {
+    *m = (struct image){0};
+    put(m, "GGUF", 4);
+    put_u32(m, 3);
+    put_u64(m, 0); /* tensors */
+    put_u64(m, 0); /* keys: end() */
+}
+
+static void key(struct image *m, const char *name, enum sm_gguf_kind kind) {
+    char full[64];
+    int n = snprintf(full, sizeof full, "tokenizer.ggml.%s", name);
+    put_string(m, full, (size_t)n);
+    put_u32(m, kind);
+    m->n_keys++;
+}
+
+static void key_string(struct image *m, const char *name, const char *value) {
+    key(m, name, SM_GGUF_STRING);
+    put_string(m, value, strlen(value));
+}
+
+static void key_u32(struct image *m, const char *name, uint32_t value) {
+    key(m, name, SM_GGUF_U32);
+    put_u32(m, value);
+}
+
+static void key_bool(struct image *m, const char *name, bool value) {
+    key(m, name, SM_GGUF_BOOL);
+    put(m, &value, 1);
+}
+
+static void key_array(struct image *m, const char *name, enum sm_gguf_kind kind, size_t n) {
+    key(m, name, SM_GGUF_ARRAY);
+    put_u32(m, kind);
+    put_u64(m, n);
+}
+
+static void end(struct image *m) {
+    uint64_t n = m->n_keys;
+    memcpy(m->bytes + 16, &n, sizeof n);
+    static const uint8_t zeros[32];
+    put(m, zeros, sizeof zeros - m->n % 32);
+}
+
+static int load(const struct image *m, struct sm_tokenizer **t) {
+    smallm_error err = {.size = sizeof err};
+    struct sm_gguf *g;
+    int status = sm_gguf_open_memory(m->bytes, m->n, &g, &err);
+    if (status != SMALLM_OK) {
+        CHECK(err.code == status && err.message[0] != '\0');
+        return status;
+    }
+    status = sm_tokenizer_new(g, t, &err);
+    CHECK(status == SMALLM_OK || (err.code == status && err.message[0] != '\0'));
+    sm_gguf_close(g);
+    return status;
+}
+
+/* ---- good vocabularies ----------------------------------------------------------------------- */
+
+enum { NORMAL = 1, UNKNOWN, CONTROL, USER, UNUSED, BYTE };
+
+static size_t symbol(int byte, char out[2]) { /* byte-level BPE's character for a byte */
+    int c = byte, next = 0x100;
+    for (int b = 0; b <= byte; b++) {
+        bool prints = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD);
+        c = prints ? b : next++;
+    }
+    if (c < 0x80) {
+        out[0] = (char)c;
+        return 1;
+    }
+    out[0] = (char)(0xC0 | c >> 6);
+    out[1] = (char)(0x80 | (c & 0x3F));
+    return 2;
+}
+
+static const char *const merges[] = {
+    "a a", "aa aa", "aaaa aaaa", "Ġ Ġ", "ĠĠ ĠĠ", "Ġ t", "h e", "Ġt he", "Ċ Ċ", "č Ċ", "1 2", "12 3",
+    "' s", "Ã ©", "ð Ł", "ðŁ ĺ", "e Ġ", "' Ġ", "s t", "< |", "| >",
+};
+static const char *const specials[] = {"<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|i"};
+static const char *const users[] = {"  ",   "     ",
+                                    "<tool>", "tool", "\xE2\x96\x81\xE2\x96\x81x", "1234"};
+static const char *const pieces[] = {
+    "\xE2\x96\x81", "a", "b", "t", "h", "e", "x", "1", "2", "3", ".", "<", ">", "|", "s", "\xC3\xA9",
+    "\xE4\xB8\xAD", "\xE2\x96\x81t", "he", "\xE2\x96\x81the", "aa", "aaa", "aaaa", "aaaaa", "th", "ab",
+    "\xE2\x96\x81\xE2\x96\x81", "\xE2\x96\x81\xE2\x96\x81\xE2\x96\x81", "12", "23", "e\xE2\x96\x81",
+};
+
+static void byte_level_image(struct image *m, const char *pre) {
+    size_t n_merges = SM_COUNT(merges), n_specials = SM_COUNT(specials), n_users = SM_COUNT(users);
+    begin(m);
+    key_string(m, "model", "gpt2");
+    key_string(m, "pre", pre);
+    key_u32(m, "bos_token_id", 0);
+    key_u32(m, "eos_token_id", 1);
+    key_bool(m, "add_eos_token", true);
+    key_array(m, "tokens", SM_GGUF_STRING, n_specials + 256 + n_merges + n_users);
+    for (size_t i = 0; i < n_specials; i++) put_string(m, specials[i], strlen(specials[i]));
+    for (int b = 0; b < 256; b++) {
+        char s[2];
+        put_string(m, s, symbol(b, s));
+    }
+    for (size_t i = 0; i < n_merges; i++) {
+        char s[64];
+        const char *space = strchr(merges[i], ' ');
+        int n = snprintf(s, sizeof s, "%.*s%s", (int)(space - merges[i]), merges[i], space + 1);
+        put_string(m, s, (size_t)n);
+    }
+    for (size_t i = 0; i < n_users; i++) put_string(m, users[i], strlen(users[i]));
+    key_array(m, "token_type", SM_GGUF_I32, n_specials + 256 + n_merges + n_users);
+    for (size_t i = 0; i < n_specials; i++) put_u32(m, CONTROL);
+    for (size_t i = 0; i < 256 + n_merges; i++) put_u32(m, NORMAL);
+    for (size_t i = 0; i < n_users; i++) put_u32(m, USER);
+    key_array(m, "merges", SM_GGUF_STRING, n_merges);
+    for (size_t i = 0; i < n_merges; i++) put_string(m, merges[i], strlen(merges[i]));
+    end(m);
+}
+
+static void sentencepiece_image(struct image *m, bool bytes, bool prefix) {
+    size_t n_pieces = SM_COUNT(pieces), n_users = SM_COUNT(users), n_bytes = bytes ? 256 : 0;
+    size_t n = 3 + n_bytes + n_pieces + n_users;
+    begin(m);
+    key_string(m, "model", "llama");
+    key_bool(m, "add_space_prefix", prefix);
+    key_array(m, "tokens", SM_GGUF_STRING, n);
+    put_string(m, "<unk>", 5);
+    put_string(m, "<s>", 3);
+    put_string(m, "</s>", 4);
+    for (unsigned b = 0; b < n_bytes; b++) {
+        char s[8];
+        put_string(m, s, (size_t)snprintf(s, sizeof s, "<0x%02X>", b));
+    }
+    for (size_t i = 0; i < n_pieces; i++) put_string(m, pieces[i], strlen(pieces[i]));
+    for (size_t i = 0; i < n_users; i++) put_string(m, users[i], strlen(users[i]));
+    key_array(m, "token_type", SM_GGUF_I32, n);
+    put_u32(m, UNKNOWN);
+    put_u32(m, CONTROL);
+    put_u32(m, CONTROL);
+    for (size_t i = 0; i < n_bytes; i++) put_u32(m, BYTE);
+    for (size_t i = 0; i < n_pieces; i++) put_u32(m, NORMAL);
+    for (size_t i = 0; i < n_users; i++) put_u32(m, USER);
+    key_array(m, "scores", SM_GGUF_F32, n);
+    for (size_t i = 0; i < n; i++) {
+        float score = -(float)(i * 7 % 11); /* with ties */
+        put(m, &score, sizeof score);
+    }
+    end(m);
+}
+
+static const char *const rows[] = {
+    "gpt-2", "default", "smollm", "llama-bpe", "qwen2", "starcoder", "deepseek-llm",
+    "deepseek-coder", "falcon", "mpt", "refact", "command-r", "gpt-neox",
+};
+
+#define N_GOOD (SM_COUNT(rows) + 3)
+static struct sm_tokenizer *good[N_GOOD];
+static struct image images[N_GOOD];
+
+static bool is_byte_level(size_t which) { return which < SM_COUNT(rows); }
+static bool is_lossless(size_t which) { return which != N_GOOD - 1; } /* the last has no bytes */
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    for (size_t i = 0; i < N_GOOD; i++) {
+        if (is_byte_level(i)) byte_level_image(&images[i], rows[i]);
+        else sentencepiece_image(&images[i], is_lossless(i), i != N_GOOD - 2);
+        CHECK(load(&images[i], &good[i]) == SMALLM_OK);
+    }
+    return 0;
+}
+
+/* ---- UTF-8, a second time: by decoding ------------------------------------------------------ */
+
+/* Bytes of the character at s, or 0 where none begins there; *part: how many of the bytes present
+ * could begin one (all of them where s ends too early: *cut). */
+static size_t character(const uint8_t *s, size_t n, size_t *part, bool *cut) {
+    *cut = false;
+    *part = 1;
+    size_t length = s[0] < 0x80         ? 1
+                    : s[0] >> 5 == 0x06 ? 2
+                    : s[0] >> 4 == 0x0E ? 3
+                    : s[0] >> 3 == 0x1E ? 4
+                                        : 0;
+    if (length == 0) return 0;
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+    uint32_t low = length == 1 ? s[0] : s[0] & (0x7Fu >> length), high;
+    low <<= 6 * (length - 1);
+    high = low | ((1u << (6 * (length - 1))) - 1);
+    for (size_t k = 1;; k++) {
+        /* The code points that may still come: is one of them a character of this length? */
+        uint32_t from = SM_MAX(low, least[length]), to = SM_MIN(high, 0x10FFFFu);
+        if (from >= 0xD800 && from <= 0xDFFF) from = 0xE000;
+        if (to >= 0xD800 && to <= 0xDFFF) to = 0xD7FF;
+        if (from > to) return 0;
+        *part = k;
+        if (k == length) return length;
+        if (k >= n) {
+            *cut = true;
+            return 0;
+        }
+        if (s[k] >> 6 != 2) return 0;
+        uint32_t bits = (uint32_t)(s[k] & 0x3F) << (6 * (length - 1 - k));
+        low |= bits;
+        high = low | ((1u << (6 * (length - 1 - k))) - 1);
+    }
+}
+
+static bool check_utf8(const uint8_t *s, size_t n) {
+    uint8_t *clean = malloc(3 * n + 1), *expected = malloc(3 * n + 1);
+    CHECK(clean && expected);
+    size_t n_expected = 0, complete = n, part;
+    bool valid = true, cut;
+    for (size_t i = 0; i < n;) {
+        size_t length = character(s + i, n - i, &part, &cut);
+        if (length > 0) {
+            memcpy(expected + n_expected, s + i, length);
+            n_expected += length;
+            i += length;
+            continue;
+        }
+        valid = false;
+        if (cut) complete = i;
+        memcpy(expected + n_expected, "\xEF\xBF\xBD", 3);
+        n_expected += 3;
+        i += part;
+    }
+    CHECK(sm_utf8_complete((const char *)s, n) == complete);
+    CHECK(sm_utf8_clean((const char *)s, n, NULL) == n_expected);
+    CHECK(sm_utf8_clean((const char *)s, n, (char *)clean) == n_expected);
+    CHECK(memcmp(clean, expected, n_expected) == 0);
+    free(clean);
+    free(expected);
+    return valid;
+}
+
+/* ---- texts ----------------------------------------------------------------------------------- */
+
+/* Encodes and decodes; returns the number of ids, and the text back in *back[*n_back]. */
+static size_t round_trip(const struct sm_tokenizer *t, const uint8_t *s, size_t n, uint32_t flags,
+                         char **back, size_t *n_back, int *status) {
+    smallm_error err = {.size = sizeof err};
+    size_t n_ids = 0, again = 0, n_bytes;
+    *back = NULL;
+    *status = sm_tokenizer_encode(t, (const char *)s, n, flags, NULL, 0, &n_ids, &err);
+    if (*status != SMALLM_OK) {
+        CHECK(err.code == *status && err.message[0] != '\0');
+        return 0;
+    }
+    int32_t *ids = malloc((n_ids + 1) * sizeof *ids);
+    CHECK(ids);
+    *status = sm_tokenizer_encode(t, (const char *)s, n, flags, ids, n_ids, &again, &err);
+    if (*status == SMALLM_OK) {
+        CHECK(again == n_ids);
+        for (size_t i = 0; i < n_ids; i++)
+            CHECK(ids[i] >= 0 && ids[i] < sm_tokenizer_n_vocab(t));
+        CHECK(sm_tokenizer_decode(t, ids, n_ids, 0, NULL, 0, n_back, &err) == SMALLM_OK);
+        *back = malloc(*n_back + 1);
+        CHECK(*back);
+        CHECK(sm_tokenizer_decode(t, ids, n_ids, 0, *back, *n_back, &n_bytes, &err) == SMALLM_OK);
+        CHECK(n_bytes == *n_back);
+        CHECK(sm_tokenizer_decode(t, ids, n_ids, SMALLM_SKIP_SPECIAL, NULL, 0, &n_bytes, &err) ==
+              SMALLM_OK);
+        CHECK(n_bytes <= *n_back);
+    }
+    free(ids);
+    return n_ids;
+}
+
+struct cover {
+    const char *at;
+};
+
+static int take_piece(void *ctx, const char *s, size_t n) {
+    struct cover *c = ctx;
+    CHECK(n > 0 && s == c->at);
+    c->at = s + n;
+    return 0;
+}
+
+static void fuzz_text(size_t which, uint32_t flags, const uint8_t *s, size_t n) {
+    const struct sm_tokenizer *t = good[which];
+    bool valid = check_utf8(s, n);
+    char *back;
+    size_t n_back;
+    int status;
+    flags &= SMALLM_PARSE_SPECIAL;
+    size_t n_ids = round_trip(t, s, n, flags, &back, &n_back, &status);
+    CHECK(status == (valid ? SMALLM_OK : SMALLM_E_ARGUMENT));
+    if (!valid) return;
+    if (is_byte_level(which)) {
+        const char *name = rows[which];
+        struct cover c = {(const char *)s};
+        CHECK(sm_pretok_split(sm_pretok_find(name, strlen(name)), c.at, n, take_piece, &c) == 0);
+        CHECK(c.at == (const char *)s + n);
+        CHECK(n_back == n && memcmp(back, s, n) == 0 && n_ids <= n);
+    } else if (is_lossless(which)) { /* U+2581 comes back as the space it stands for */
+        size_t i = 0, k = 0;
+        while (i < n && k < n_back) {
+            bool mark = n - i >= 3 && memcmp(s + i, "\xE2\x96\x81", 3) == 0;
+            CHECK((uint8_t)back[k++] == (mark ? ' ' : s[i]));
+            i += mark ? 3 : 1;
+        }
+        CHECK(i == n && k == n_back);
+    }
+    free(back);
+}
+
+/* ---- hostile vocabularies ------------------------------------------------------------------- */
+
+static const char hostile_text[] =
+    " the<s>  aa\xE2\x96\x81\xC3\xA9\xE4\xB8\xAD\xF0\x9F\x98\x80 12345\r\n\n<|im_end|></s>\tx'S\0b";
+
+static void try_vocabulary(const struct image *m, long fail_at) {
+    struct sm_tokenizer *t;
+    sm_test_fail_alloc(fail_at);
+    int status = load(m, &t);
+    if (status == SMALLM_OK) {
+        char *back;
+        size_t n_back;
+        round_trip(t, (const uint8_t *)hostile_text, sizeof hostile_text - 1,
+                   SMALLM_ADD_SPECIAL | SMALLM_PARSE_SPECIAL, &back, &n_back, &status);
+        CHECK(status == SMALLM_OK || (fail_at > 0 && status == SMALLM_E_MEMORY));
+        free(back);
+        struct sm_tokenizer_info info;
+        sm_tokenizer_get_info(t, &info);
+        CHECK(info.bos < sm_tokenizer_n_vocab(t) && info.eos < sm_tokenizer_n_vocab(t));
+        CHECK(info.eos < 0 || sm_tokenizer_is_eog(t, info.eos));
+        for (int32_t id = 0; id < sm_tokenizer_n_vocab(t); id++) {
+            char buf[4];
+            struct sm_str s = sm_tokenizer_piece(t, id, id & 1, 0, buf);
+            for (size_t i = 0; i < s.n; i++) CHECK(s.s[i] == s.s[i]);
+        }
+        sm_tokenizer_free(t);
+    }
+    sm_test_fail_alloc(0);
+}
+
+/* Bytes of a good file replaced: position (2 bytes), value. */
+static void fuzz_mutated(size_t which, const uint8_t *s, size_t n) {
+    const struct image *from = &images[which];
+    struct image m = {0};
+    put(&m, from->bytes, from->n);
+    for (size_t i = 0; i + 3 <= n; i += 3) m.bytes[(s[i] | (size_t)s[i + 1] << 8) % m.n] = s[i + 2];
+    try_vocabulary(&m, 0);
+    free(m.bytes);
+}
+
+struct reader {
+    const uint8_t *s;
+    size_t n, at;
+};
+
+static uint8_t next(struct reader *r) { return r->at < r->n ? r->s[r->at++] : 0; }
+
+/* A vocabulary from the input: well-formed GGUF, texts of few letters, so that they collide. */
+static void fuzz_built(const uint8_t *s, size_t n) {
+    static const char *const letters[] = {
+        "a", "b", "\xE2\x96\x81", " ", "Ġ", "<", "s", ">", "t", "h", "e", "1", "\xC3\xA9", "\xF0\x9F",
+        "\xE4\xB8\xAD", "<0x0A>",
+    };
+    struct reader r = {s, n, 0};
+    struct image m;
+    uint8_t options = next(&r);
+    bool sentencepiece = options & 1;
+    long fail_at = options & 2 ? 1 + next(&r) % 64 : 0;
+    size_t n_tokens = 1 + next(&r) % 48, n_merges = next(&r) % 32;
+    char texts[48][40];
+    size_t lengths[48];
+    for (size_t i = 0; i < n_tokens; i++) {
+        lengths[i] = 0;
+        for (uint8_t k = next(&r) % 6; k > 0; k--) {
+            const char *letter = letters[next(&r) % SM_COUNT(letters)];
+            memcpy(texts[i] + lengths[i], letter, strlen(letter));
+            lengths[i] += strlen(letter);
+        }
+    }
+    begin(&m);
+    key_string(&m, "model", sentencepiece ? "llama" : "gpt2");
+    key_string(&m, "pre", rows[next(&r) % SM_COUNT(rows)]);
+    key_array(&m, "tokens", SM_GGUF_STRING, n_tokens);
+    for (size_t i = 0; i < n_tokens; i++) put_string(&m, texts[i], lengths[i]);
+    key_array(&m, "token_type", SM_GGUF_I32, n_tokens - (options >> 2 & 1));
+    for (size_t i = 0; i < n_tokens - (options >> 2 & 1); i++) put_u32(&m, next(&r) % 7);
+    key_array(&m, "scores", SM_GGUF_F32, n_tokens);
+    for (size_t i = 0; i < n_tokens; i++) {
+        float score = (float)(int8_t)next(&r);
+        put(&m, &score, sizeof score);
+    }
+    key_array(&m, "merges", SM_GGUF_STRING, n_merges);
+    for (size_t i = 0; i < n_merges; i++) {
+        size_t x = next(&r) % n_tokens, y = next(&r) % n_tokens;
+        put_u64(&m, lengths[x] + 1 + lengths[y]);
+        put(&m, texts[x], lengths[x]);
+        put(&m, " ", 1);
+        put(&m, texts[y], lengths[y]);
+    }
+    if (options & 8) key_u32(&m, "unknown_token_id", next(&r) % (n_tokens + 1));
+    if (options & 16) key_u32(&m, "eos_token_id", next(&r) % n_tokens);
+    if (options & 32) key_bool(&m, "add_space_prefix", next(&r) & 1);
+    end(&m);
+    try_vocabulary(&m, fail_at);
+    free(m.bytes);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *s, size_t n) {
+    if (n < 3) return 0;
+    size_t which = s[1] % N_GOOD;
+    if (s[0] % 4 < 2) fuzz_text(which, s[2], s + 3, n - 3);
+    else if (s[0] % 4 == 2) fuzz_mutated(which, s + 2, n - 2);
+    else fuzz_built(s + 1, n - 1);
+    return 0;
+}
