@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ._model import Model
 
-PULL_MS = 100
+PULL_MS = 40  # a wait in C sees no signal: with what cancelling takes, 100 ms are kept
 
 _INT32_MAX = 2**31 - 1
 _FINISH = {

@@ -138,6 +138,11 @@ class Model:
         self._info = info
         self._metadata = _metadata(box[0])
 
+        if n_ctx > info.n_ctx_train:
+            raise ValueError(
+                f"ctx must be 1 .. {info.n_ctx_train}, the length this model was trained for, "
+                f"not {n_ctx}"
+            )
         settings = new("engine_params")
         settings.n_threads, settings.n_ctx, settings.kv_type = n_threads, n_ctx, _KV[kv]
         if limit:

@@ -124,6 +124,7 @@ def test_load_takes_a_path_in_any_form_and_a_context(tiny_spm: Path) -> None:
     [
         ({"ctx": 0}, ValueError, "ctx"),
         ({"ctx": "8"}, TypeError, "ctx"),
+        ({"ctx": 257}, ValueError, r"ctx must be 1 \.\. 256"),
         ({"threads": 0}, ValueError, "threads"),
         ({"threads": 257}, ValueError, "256"),
         ({"threads": True}, TypeError, "threads"),
