@@ -9,6 +9,7 @@
  * The reference is written here a second time, straight from the contract and from the file
  * formats: the generic tier is held to it like the others.  It shares sm_fma and sm_expf with the
  * kernels; both are checked against libm.  A case is determined by its seed. */
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -73,7 +74,8 @@ enum fill {
 static float fill_one(enum fill kind) {
     switch (kind) {
     case FILL_ZERO: return below(2) ? 0.0f : -0.0f;
-    case FILL_TINY: return uniform() * (below(8) ? 0x1p-100f : 0x1.01p-100f);
+    case FILL_TINY:
+        return uniform() * (below(8) ? 0x1p-100f : 0x1.01p-100f);
     case FILL_SUBNORMAL: return uniform() * 0x1p-126f;
     case FILL_HUGE: return uniform() * 0x1.fffffep+127f;
     case FILL_MIXED: return any_finite();
@@ -144,8 +146,8 @@ static void case_fma(uint64_t seed) {
     (void)seed;
     for (int i = 0; i < 4096; i++) {
         uint32_t a = (uint32_t)random64(), b = (uint32_t)random64(), c = (uint32_t)random64();
-        size_t mode = below(8);
-        if (mode >= 2) { /* sums that cancel, tie or end among the subnormals */
+        size_t mode = below(9);
+        if (mode >= 2 && mode < 8) { /* sums that cancel, tie or end among the subnormals */
             uint32_t ea = 1 + (uint32_t)below(254);
             uint32_t eb = mode & 1 ? 1 + (uint32_t)below(254) : SM_MAX(1, 254 - ea);
             a = (a & 0x807fffffu) | ea << 23;
@@ -156,6 +158,14 @@ static void case_fma(uint64_t seed) {
             c = (c & 0x807fffffu) | (uint32_t)(ec < 0 ? 0 : ec > 254 ? 254 : ec) << 23;
             if (mode >= 6) c &= UINT32_MAX << below(24);
             if (mode == 7 && below(2)) c = sm_bits_of_float(-product) + (uint32_t)below(8) - 3;
+        }
+        if (mode == 8) { /* a hair above or below halfway between two floats */
+            float f = ldexpf(1.0f, -(int)(below(2) ? 9 + below(3) : 14 + below(10)));
+            float up = 1.0f + f, down = 1.0f - f + (f > 0x1p-12f ? f * f : 0.0f);
+            int ec = 60 + (int)below(140);
+            c = (c & 0x807fffffu) | (uint32_t)ec << 23;
+            a = sm_bits_of_float(ldexpf(up, ec - 127 - 24)) | (a & 0x80000000u);
+            b = sm_bits_of_float(down);
         }
         float x = sm_float_of_bits(a), y = sm_float_of_bits(b), z = sm_float_of_bits(c);
         float want = fmaf(x, y, z), emulated = sm_fma_emulated(x, y, z), used = sm_fma(x, y, z);
@@ -206,6 +216,8 @@ static void case_vector_expf(uint64_t seed) {
     enum { HEAD = SM_CHUNK };
     static float k[HEAD][SM_CHUNK], v[SM_CHUNK][HEAD], q[HEAD];
     float m, l, o[HEAD], want[HEAD];
+    const float edges[] = {0.0f,        0x1p-149f, nextafterf(-SM_EXPF_MIN, 0), -SM_EXPF_MIN,
+                           nextafterf(-SM_EXPF_MIN, 99), FLT_MAX, 0x1p-126f};
     int16_t lo = 0, hi = SM_CHUNK;
     struct sm_attend a = {.q = q,
                           .lo = &lo,
@@ -227,6 +239,7 @@ static void case_vector_expf(uint64_t seed) {
         float x = uniform() * 90.0f;
         if (seed % 2) x = sm_float_of_bits((uint32_t)random64() & 0x7fffffff);
         if (!isfinite(x)) x = 100.0f;
+        if (below(32) == 0) x = edges[below(SM_COUNT(edges))];
         x = j == 0 ? 0.0f : -fabsf(x);
         ((float *)k)[j / 16 * 16 * HEAD + j % 16] = x;
         v[j][j] = 1.0f;
@@ -306,6 +319,10 @@ static void case_prepare(uint64_t seed) {
     if (kind == FILL_COUNT) /* another kind in each block */
         for (size_t i = 0; i < k; i += 32)
             fill(x + i, SM_MIN(32, k - i), (enum fill)below(FILL_COUNT));
+    if (kind == FILL_TINY) /* from here on it is not zero */
+        for (size_t i = below(64); i < k; i += 64)
+            for (size_t j = i / 32 * 32; j < SM_MIN(i / 32 * 32 + 32, k); j++)
+                x[j] = j == i ? 0x1p-100f : x[j] * 0.5f;
     struct sm_acts want = make_acts(act, 3, k), got = make_acts(act, 3, k);
     ref_prepare(act, &want, row, x);
     for (size_t i = 0; i < n_tiers; i++) {
@@ -697,6 +714,7 @@ static void case_attend(uint64_t seed) {
                                       FILL_SPARSE, FILL_TINY,  FILL_MIXED};
     enum fill kind = kinds[below(SM_COUNT(kinds))];
     size_t ranges = below(4);
+    bool vanishing = below(4) == 0; /* sums that end as a zero of either sign */
     float gain = (float[]){0.1f, 1.0f, 1.0f, 20.0f}[below(4)];
 
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
@@ -738,6 +756,7 @@ static void case_attend(uint64_t seed) {
             bool seen = p * SM_PAGE + j >= first && p * SM_PAGE + j < last;
             for (size_t d = 0; d < head; d++) {
                 float x = fill_one(kind), y = fill_one(kind);
+                if (vanishing) y = below(2) ? 0.0f : -0x1p-149f;
                 kv_write(kv_type, k, k_index(j, d, head), seen ? x : NAN);
                 kv_write(kv_type, v, j * head + d, seen ? y : NAN);
             }
