@@ -3,7 +3,6 @@
 
 void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->name = "avx2";
-    k->prepare[SM_ACT_F32] = SM_NAME(sm_prepare_f32);
     k->prepare[SM_ACT_Q8_32] = SM_NAME(sm_prepare_q8_32);
     k->prepare[SM_ACT_Q8_256] = SM_NAME(sm_prepare_q8_256);
     k->attend = SM_NAME(sm_attend);

@@ -54,17 +54,6 @@ INLINE __m256i sums8(__m256i codes) {
     return _mm256_sub_epi64(sums, _mm256_set1_epi64x(8 * 128));
 }
 
-bool SM_NAME(sm_prepare_f32)(struct sm_acts *a, size_t row, const float *x) {
-    float *out = a->f + row * a->k_pad;
-    __m256i max = _mm256_setzero_si256();
-    for (size_t i = 0; i < a->k_pad; i += 8) {
-        __m256 v = load(x, i, a->k);
-        max = _mm256_max_epi32(max, abs_bits(v));
-        _mm256_storeu_ps(out + i, v);
-    }
-    return largest_lane(max) < 0x7f800000;
-}
-
 bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 32, at = row * n_blocks;
     int8_t *q = a->q + row * a->k_pad;

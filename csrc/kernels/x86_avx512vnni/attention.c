@@ -1,6 +1,5 @@
 /* Attention on AVX-512 (attend.h): 16 positions (scores) or 16 head dimensions (values) to a
  * vector, up to four vectors to a tile of queries: 24 sums in registers. */
-#include "../../f16.h"
 #include "../attend.h"
 #include "../tier.h"
 #include "expf.h"
@@ -157,25 +156,4 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
         attend_f32(a);
     else
         attend_f16(a);
-}
-
-void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
-                          const float *v, size_t head) {
-    size_t at = slot / 16 * 16 * head + slot % 16; /* of K[0]; K[d] lies 16 further each */
-    if (kv_type == SMALLM_KV_F32) {
-        for (size_t d = 0; d < head; d++) ((float *)k_page)[at + 16 * d] = k[d];
-        memcpy((float *)v_page + slot * head, v, head * sizeof *v);
-        return;
-    }
-    const __m512 max = _mm512_set1_ps(65504.0f), min = _mm512_set1_ps(-65504.0f);
-    uint16_t *kh = (uint16_t *)k_page + at, *vh = (uint16_t *)v_page + slot * head;
-    for (size_t d = 0; d < head; d += 16) {
-        __mmask16 mask = lanes_below(head - d);
-        uint16_t column[16];
-        __m512 kd = _mm512_max_ps(min, _mm512_min_ps(max, _mm512_maskz_loadu_ps(mask, k + d)));
-        __m512 vd = _mm512_max_ps(min, _mm512_min_ps(max, _mm512_maskz_loadu_ps(mask, v + d)));
-        _mm256_storeu_si256((__m256i *)column, _mm512_cvtps_ph(kd, _MM_FROUND_TO_NEAREST_INT));
-        _mm256_mask_storeu_epi16(vh + d, mask, _mm512_cvtps_ph(vd, _MM_FROUND_TO_NEAREST_INT));
-        for (size_t i = 0; i < SM_MIN(head - d, 16); i++) kh[(d + i) * 16] = column[i];
-    }
 }

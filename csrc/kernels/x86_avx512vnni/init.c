@@ -3,13 +3,9 @@
 
 void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->name = "avx512vnni";
-    k->prepare[SM_ACT_F32] = SM_NAME(sm_prepare_f32);
     k->prepare[SM_ACT_Q8_32] = SM_NAME(sm_prepare_q8_32);
     k->prepare[SM_ACT_Q8_256] = SM_NAME(sm_prepare_q8_256);
     k->attend = SM_NAME(sm_attend);
-    k->kv_store = SM_NAME(sm_kv_store);
-    k->rms_norm = SM_NAME(sm_rms_norm);
-    k->rope_pairs = SM_NAME(sm_rope_pairs);
     k->swiglu = SM_NAME(sm_swiglu);
     SM_NAME(sm_init_matmul)(k);
 }

@@ -32,17 +32,6 @@ INLINE __m128i quantize(__m512 x, __m512 id) {
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, id)));
 }
 
-bool SM_NAME(sm_prepare_f32)(struct sm_acts *a, size_t row, const float *x) {
-    float *out = a->f + row * a->k_pad;
-    __m512i max = _mm512_setzero_si512();
-    for (size_t i = 0; i < a->k_pad; i += 16) {
-        __m512 v = load(x, i, a->k);
-        max = _mm512_max_epi32(max, abs_bits(v));
-        _mm512_storeu_ps(out + i, v);
-    }
-    return _mm512_reduce_max_epi32(max) < 0x7f800000;
-}
-
 bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 32, at = row * n_blocks;
     int8_t *q = a->q + row * a->k_pad;
