@@ -705,6 +705,12 @@ static int load_special(struct build *b) {
     return SMALLM_OK;
 }
 
+/* Control tokens of one byte are not looked for: a letter of a text is no command, and the space
+ * that SentencePiece adds after a control token could make more ids than the text has bytes. */
+static bool is_sought(const struct sm_tokenizer *t, int32_t id, enum kind kind) {
+    return t->kinds[id] == kind && t->pieces[id].n > (kind == KIND_CONTROL);
+}
+
 /* The automaton of the tokens of a kind, built level by level, so that nodes are in the order of
  * their depth and a node's failure is known before its children are made. */
 static int build_trie(struct build *b, struct trie *trie, enum kind kind) {
@@ -716,7 +722,7 @@ static int build_trie(struct build *b, struct trie *trie, enum kind kind) {
     size_t n_bytes = 0, n_active = 0;
     int status = SMALLM_OK;
     for (int32_t id = 0; id < t->n_vocab; id++) {
-        if (t->kinds[id] != kind || t->pieces[id].n == 0) continue;
+        if (!is_sought(t, id, kind)) continue;
         n_bytes += t->pieces[id].n;
         n_active++;
     }
@@ -738,8 +744,7 @@ static int build_trie(struct build *b, struct trie *trie, enum kind kind) {
     }
     n_active = 0;
     for (int32_t id = 0; id < t->n_vocab; id++)
-        if (t->kinds[id] == kind && t->pieces[id].n > 0)
-            active[n_active++] = (struct active){id, 0};
+        if (is_sought(t, id, kind)) active[n_active++] = (struct active){id, 0};
     trie->n_nodes = 1;
     trie->out[0] = -1;
     for (size_t depth = 0; n_active > 0; depth++) {
@@ -969,10 +974,6 @@ static int encode_piece(void *ctx, const char *s, size_t n) {
 /* A character that is no token: its bytes, or the unknown token once for a run of them. */
 static void emit_bytes(struct work *w, const char *s, size_t n) {
     const struct sm_tokenizer *t = w->t;
-    if (n == 1 && s[0] == ' ') {
-        s = "\xE2\x96\x81";
-        n = 3;
-    }
     bool bytes = true;
     for (size_t i = 0; i < n; i++) bytes = bytes && t->byte_ids[(uint8_t)s[i]] >= 0;
     if (bytes) {

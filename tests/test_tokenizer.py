@@ -225,6 +225,20 @@ def test_sentencepiece_special(load: Callable[..., Any]) -> None:
     check()
 
 
+def test_a_letter_is_no_command(tmp_path: Path) -> None:
+    """A control token of one letter is not found in texts; ids never outnumber the bytes by far."""
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "x", "a", "<0x20>"],
+        "tokenizer.ggml.token_type": types(2, 3, 3, 3, 1, 6),
+        "tokenizer.ggml.scores": [0.0] * 6,
+    }
+    path = tmp_path / "letter.gguf"
+    write_tiny(path, tokenizer=keys, n_layer=1)
+    with smallm.load(path) as model:
+        assert model.tokenize("a</s>xa a", parse_special=True) == [1, 5, 4, 2, 5, 0, 4, 5, 4]
+
+
 def check_sentencepiece(model: Any, oracle: Any) -> None:
     @SETTINGS
     @given(sp_texts)
@@ -253,19 +267,92 @@ def test_real_sentencepiece(load: Callable[..., Any]) -> None:
         check_sentencepiece(model, oracle)
 
 
+# ---- what generating makes of tokens -------------------------------------------------------------
+
+
+def even_model(path: Path, keys: dict[str, Any]) -> Any:
+    """A model whose logits are all zero: greedy gives token 0, sampling gives any."""
+
+    def flatten(tensors: dict[str, Any]) -> None:
+        tensors["output.weight"].data[:] = 0
+
+    write_tiny(path, tokenizer=keys, n_layer=1, n_ctx=1024, tied=False, edit=flatten)
+    return smallm.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "extra", "ends"),
+    [
+        ("<|im_end|>", reference.CONTROL, {}, True),
+        ("<|eot_id|>", reference.CONTROL, {}, True),
+        ("<|endoftext|>", reference.CONTROL, {}, True),
+        ("<end_of_turn>", reference.CONTROL, {}, True),
+        ("<|end|>", reference.CONTROL, {}, True),
+        ("</s>", reference.CONTROL, {}, True),
+        ("</s>", reference.NORMAL, {}, False),
+        ("<|im_start|>", reference.CONTROL, {}, False),
+        ("word", reference.NORMAL, {"eos_token_id": 0}, True),
+        ("word", reference.NORMAL, {"eot_token_id": 0}, True),
+        ("word", reference.NORMAL, {"eom_token_id": 0}, True),
+        ("word", reference.NORMAL, {"bos_token_id": 0}, False),
+    ],
+)
+def test_end_of_generation(
+    tmp_path: Path, text: str, kind: int, extra: dict[str, int], ends: bool
+) -> None:
+    keys = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [text, "a", "b", "ab"],
+        "tokenizer.ggml.token_type": types(kind, 1, 1, 1),
+        "tokenizer.ggml.merges": ["a b"],
+        **{"tokenizer.ggml." + key: value for key, value in extra.items()},
+    }
+    with even_model(tmp_path / "even.gguf", keys) as model:
+        done = model.generate("ab", temperature=0, max_tokens=3)
+        assert done.finish_reason == ("stop" if ends else "length")
+
+
+def test_streams_never_split_characters(tmp_path: Path) -> None:
+    """Random halves of characters: each whole one comes out whole, each wrong one as U+FFFD."""
+    symbols = reference.byte_symbols()
+    halves = [bytes([b]) for b in sorted(set("x\xe9\u4e2d\U0001f600".encode()))]
+    halves += [b"\xf0\x9f", b"\x98\x80", b"\xe4\xb8", b"\xf0\x9f\x98\x80"]
+    merges = [(b"\xf0", b"\x9f"), (b"\x98", b"\x80"), (b"\xe4", b"\xb8"), (halves[-4], halves[-3])]
+
+    def written(piece: bytes) -> str:
+        return "".join(symbols[b] for b in piece)
+
+    keys = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [written(piece) for piece in halves],
+        "tokenizer.ggml.merges": [f"{written(a)} {written(b)}" for a, b in merges],
+    }
+    with even_model(tmp_path / "halves.gguf", keys) as model:
+        stream = model.stream("x", temperature=1, top_k=0, top_p=1, min_p=0, max_tokens=900, seed=7)
+        parts = [chunk.text for chunk in stream]
+        tokens = stream.completion.tokens
+        expected = b"".join(halves[i] for i in tokens).decode("utf-8", "replace")
+        assert len(set(tokens)) == len(halves)
+        assert "".join(parts) == stream.completion.text == expected
+        assert "\U0001f600" in expected and "\u4e2d" in expected and "\ufffd" in expected
+        assert model.detokenize(tokens) == expected
+
+
 # ---- the real file -------------------------------------------------------------------------------
 
 
 def real_model() -> Path | None:
     """SmolLM2 from SMALLM_TEST_MODELS or the cache, where it is there."""
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    cache = os.environ.get("SMALLM_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    folders = [os.environ.get("SMALLM_TEST_MODELS"), cache]
-    for folder in folders:
-        if folder:
-            for path in sorted(Path(folder).expanduser().glob(f"**/{name}")):
-                return path
-    return None
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folders = [
+        os.environ.get("SMALLM_TEST_MODELS"),
+        os.environ.get("SMALLM_CACHE") or f"{cache}/smallm",
+    ]
+    found = [p for f in folders if f for p in sorted(Path(f).expanduser().glob(f"**/{name}"))]
+    return found[0] if found else None
 
 
 GOLDEN = {

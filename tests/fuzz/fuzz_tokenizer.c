@@ -282,22 +282,22 @@ static bool check_utf8(const uint8_t *s, size_t n) {
 
 /* ---- texts ----------------------------------------------------------------------------------- */
 
-/* Encodes and decodes; returns the number of ids, and the text back in *back[*n_back]. */
-static size_t round_trip(const struct sm_tokenizer *t, const uint8_t *s, size_t n, uint32_t flags,
-                         char **back, size_t *n_back, int *status) {
+/* Encodes and decodes; gives the text back in *back[*n_back], to be freed. */
+static void round_trip(const struct sm_tokenizer *t, const uint8_t *s, size_t n, uint32_t flags,
+                       char **back, size_t *n_back, int *status) {
     smallm_error err = {.size = sizeof err};
     size_t n_ids = 0, again = 0, n_bytes;
     *back = NULL;
     *status = sm_tokenizer_encode(t, (const char *)s, n, flags, NULL, 0, &n_ids, &err);
     if (*status != SMALLM_OK) {
         CHECK(err.code == *status && err.message[0] != '\0');
-        return 0;
+        return;
     }
     int32_t *ids = malloc((n_ids + 1) * sizeof *ids);
     CHECK(ids);
     *status = sm_tokenizer_encode(t, (const char *)s, n, flags, ids, n_ids, &again, &err);
     if (*status == SMALLM_OK) {
-        CHECK(again == n_ids);
+        CHECK(again == n_ids && n_ids <= n + 8);
         for (size_t i = 0; i < n_ids; i++)
             CHECK(ids[i] >= 0 && ids[i] < sm_tokenizer_n_vocab(t));
         CHECK(sm_tokenizer_decode(t, ids, n_ids, 0, NULL, 0, n_back, &err) == SMALLM_OK);
@@ -310,7 +310,6 @@ static size_t round_trip(const struct sm_tokenizer *t, const uint8_t *s, size_t 
         CHECK(n_bytes <= *n_back);
     }
     free(ids);
-    return n_ids;
 }
 
 struct cover {
@@ -331,7 +330,7 @@ static void fuzz_text(size_t which, uint32_t flags, const uint8_t *s, size_t n) 
     size_t n_back;
     int status;
     flags &= SMALLM_PARSE_SPECIAL;
-    size_t n_ids = round_trip(t, s, n, flags, &back, &n_back, &status);
+    round_trip(t, s, n, flags, &back, &n_back, &status);
     CHECK(status == (valid ? SMALLM_OK : SMALLM_E_ARGUMENT));
     if (!valid) return;
     if (is_byte_level(which)) {
@@ -339,7 +338,7 @@ static void fuzz_text(size_t which, uint32_t flags, const uint8_t *s, size_t n) 
         struct cover c = {(const char *)s};
         CHECK(sm_pretok_split(sm_pretok_find(name, strlen(name)), c.at, n, take_piece, &c) == 0);
         CHECK(c.at == (const char *)s + n);
-        CHECK(n_back == n && memcmp(back, s, n) == 0 && n_ids <= n);
+        CHECK(n_back == n && memcmp(back, s, n) == 0);
     } else if (is_lossless(which)) { /* U+2581 comes back as the space it stands for */
         size_t i = 0, k = 0;
         while (i < n && k < n_back) {
