@@ -104,7 +104,7 @@ void sm_panel_block(struct sm_layout f, const uint8_t *block, size_t r, struct s
     bool plain = f.scales == SM_SCALES_NONE;
     c->d = sm_f16_at(block + 2 * r);
     c->m = f.mins ? sm_f16_at(block + 2 * (ROWS + r)) : 0;
-    if (plain) c->m = -c->m;
+    if (plain && f.mins) c->m = -c->m; /* without mins it stays +0 */
     for (size_t s = 0; s < sm_layout_n_sub(f); s++) {
         const uint8_t *scale = block + sm_layout_scales(f) + s * ROWS + r;
         c->scale[s] = c->min[s] = 1;

@@ -1,12 +1,17 @@
 /* Matrix products on AVX2 without VNNI: eight panel rows per register, so a panel is two halves.
  *
- * 4-bit codes are at most 15, so eight maddubs sums (2 * 15 * 127 each) fit 16 bits: a block of 32
- * columns adds in int16 and widens once.  8-bit codes take the sign trick: |w| as the unsigned
- * operand and the activation with w's sign; 2 * 128 * 127 still fits, and each pair widens at once.
- * A tile is one half panel x 4 tokens; a single token runs two halves of two panels. */
+ * Unsigned codes times signed activations by maddubs, which adds pairs in 16 bits: codes of b bits
+ * allow as many steps before widening as keep 2 (2^b - 1) 127 each below 2^15 (8 for 4 bits, 4 for
+ * 5, 2 for 6).  Widening multiplies by the sub-block's integer scale at no cost.  8-bit codes take
+ * the sign trick: |w| as the unsigned operand, the activation with w's sign; 2 * 128 * 127 still
+ * fits.
+ *
+ * One token of a 4- or 8-bit format without integer scales runs four halves wide on the packed
+ * bytes.  All else unpacks a panel into scratch, COLUMNS columns (32 KB) at a time, and uses it for
+ * all tokens in tiles of one half x 4, 2 or 1; longer rows carry their sums in `out`. */
 #include <immintrin.h>
 
-#include "../kernels.h"
+#include "../panels.h"
 #include "../tier.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -14,16 +19,50 @@
 #define HALF 8           /* rows of a register */
 #define TILE_TOKENS 4
 #define MAX_HALVES 4
+#define COLUMNS 2048
 
-struct format {
-    bool nibbles;
-    bool mins;
-    int offset; /* of the codes as stored */
-};
+/* ---- codes ------------------------------------------------------------------------------------------------- */
 
-INLINE size_t scale_bytes(struct format f) { return f.mins ? 4 * ROWS : 2 * ROWS; }
-INLINE size_t block_bytes(struct format f) {
-    return scale_bytes(f) + (f.nibbles ? 16 * ROWS : 32 * ROWS);
+/* One half of a slab's 8 groups as bytes 0 .. 2^bits - 1. */
+INLINE void load_slab(struct sm_layout f, const uint8_t *slab, __m256i group[8]) {
+    __m256i low[8], high[2];
+    const __m256i low_mask = _mm256_set1_epi8((char)((1 << f.low) - 1));
+    const __m256i high_mask = _mm256_set1_epi8((char)(((1 << f.high) - 1) << f.low));
+#pragma GCC unroll 8
+    for (int i = 0; i < f.low; i++)
+        low[i] = _mm256_loadu_si256((const __m256i *)(slab + SM_GROUP_BYTES * i));
+#pragma GCC unroll 2
+    for (int i = 0; i < f.high; i++)
+        high[i] = _mm256_loadu_si256((const __m256i *)(slab + SM_GROUP_BYTES * (f.low + i)));
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g++) {
+        __m256i x = low[g % f.low];
+        if (f.low < 8) x = _mm256_and_si256(_mm256_srli_epi16(x, g / f.low * f.low), low_mask);
+        if (f.high > 0) {
+            int shift = g / f.high * f.high - f.low; /* bits down to the code's top */
+            __m256i y = high[g % f.high];
+            y = shift > 0 ? _mm256_srli_epi16(y, shift) : _mm256_slli_epi16(y, -shift);
+            x = _mm256_or_si256(x, _mm256_and_si256(y, high_mask));
+        }
+        group[g] = x;
+    }
+}
+
+/* Codes of n_slabs slabs of one panel, beginning with slab `first`: codes [n_slabs][8][64]. */
+INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, size_t first,
+                   size_t n_slabs) {
+    const size_t per_block = (size_t)(f.block / SM_SLAB);
+    for (size_t i = first; i < first + n_slabs; i++, codes += 8 * SM_GROUP_BYTES) {
+        const uint8_t *slab = panel + i / per_block * sm_layout_bytes(f) + sm_layout_codes(f) +
+                              i % per_block * sm_layout_slab(f);
+        for (int half = 0; half < 64; half += 32) {
+            __m256i group[8];
+            load_slab(f, slab + half, group);
+#pragma GCC unroll 8
+            for (int g = 0; g < 8; g++)
+                _mm256_store_si256((__m256i *)(codes + SM_GROUP_BYTES * g + half), group[g]);
+        }
+    }
 }
 
 INLINE __m256i broadcast4(const int8_t *p) {
@@ -31,116 +70,261 @@ INLINE __m256i broadcast4(const int8_t *p) {
     memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
 }
-INLINE __m256 load_scales(const uint8_t *p) {
+INLINE __m256 load_f16(const uint8_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 
-/* isum [n_h][n_t] of one block: half h's codes at codes[h], token t's activations at q + t * k_pad.
- * 4-bit sums are of the raw codes; the caller takes the offset off. */
-INLINE void block_sums(struct format f, int n_h, int n_t, const uint8_t *const *codes,
-                       const int8_t *q, size_t k_pad, __m256i isum[MAX_HALVES][TILE_TOKENS]) {
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const __m256i flip = _mm256_set1_epi8((char)0x80);
-    for (int h = 0; h < n_h; h++)
-        for (int t = 0; t < n_t; t++) isum[h][t] = _mm256_setzero_si256();
-    for (int g = 0; g < (f.nibbles ? 4 : 8); g++)
-        for (int h = 0; h < n_h; h++) {
-            __m256i bytes = _mm256_loadu_si256((const __m256i *)(codes[h] + g * 64));
-            if (f.nibbles) {
-                __m256i lo = _mm256_and_si256(bytes, low);
-                __m256i hi = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
-                for (int t = 0; t < n_t; t++) {
-                    const int8_t *x = q + t * k_pad + 4 * g;
-                    __m256i pair = _mm256_add_epi16(_mm256_maddubs_epi16(lo, broadcast4(x)),
-                                                    _mm256_maddubs_epi16(hi, broadcast4(x + 16)));
-                    isum[h][t] = _mm256_add_epi16(isum[h][t], pair);
-                }
-            } else {
-                __m256i w = _mm256_xor_si256(bytes, flip), size = _mm256_abs_epi8(w);
-                for (int t = 0; t < n_t; t++) {
-                    __m256i x = _mm256_sign_epi8(broadcast4(q + t * k_pad + 4 * g), w);
-                    __m256i pair = _mm256_maddubs_epi16(size, x);
-                    isum[h][t] = _mm256_add_epi32(isum[h][t], _mm256_madd_epi16(pair, ones));
-                }
-            }
-        }
-    if (f.nibbles)
-        for (int h = 0; h < n_h; h++)
-            for (int t = 0; t < n_t; t++) isum[h][t] = _mm256_madd_epi16(isum[h][t], ones);
+/* maddubs steps that fit 16 bits. */
+INLINE int steps_of(struct sm_layout f) {
+    int bits = f.low + f.high;
+    return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 }
 
-/* n_h halves from half `half` of the panels on x n_t tokens from row `row` on. */
-INLINE void run_tile(struct format f, int n_h, int n_t, const struct sm_matmul *m, size_t half,
-                     size_t row, float *out) {
-    const struct sm_acts *a = m->acts;
-    const size_t n_blocks = a->k_pad / 32, step = block_bytes(f);
-    const uint8_t *w[MAX_HALVES]; /* this half's part of its panel's blocks */
-    for (int h = 0; h < n_h; h++) w[h] = m->panels + (half + h) / 2 * m->panel_bytes;
-    __m256 acc[MAX_HALVES][TILE_TOKENS];
-    for (int h = 0; h < n_h; h++)
-        for (int t = 0; t < n_t; t++) acc[h][t] = _mm256_setzero_ps();
-    for (size_t b = 0; b < n_blocks; b++) {
-        const uint8_t *codes[MAX_HALVES];
-        for (int h = 0; h < n_h; h++)
-            codes[h] = w[h] + b * step + scale_bytes(f) + (half + h) % 2 * 32;
-        __m256i isum[MAX_HALVES][TILE_TOKENS];
-        block_sums(f, n_h, n_t, codes, a->q + row * a->k_pad + 32 * b, a->k_pad, isum);
-        for (int h = 0; h < n_h; h++) {
-            const uint8_t *scales = w[h] + b * step + (half + h) % 2 * 2 * HALF;
-            __m256 dw = load_scales(scales);
+/* One group of 4 columns: pairs of products in int16. */
+INLINE __m256i pairs_of(struct sm_layout f, __m256i codes, __m256i q) {
+    if (f.low < 8) return _mm256_maddubs_epi16(codes, q);
+    __m256i w = _mm256_xor_si256(codes, _mm256_set1_epi8((char)0x80));
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+}
+
+/* ---- tiles ------------------------------------------------------------------------------------------------- */
+
+/* Some blocks of n_t tokens against one half of a panel. */
+struct tile {
+    const uint8_t *panel;    /* at the first block to do, and at this half's d */
+    const uint8_t *codes;    /* this half's: [8][64] of each slab, slab_step apart */
+    size_t slab_step, n_blocks;
+    const int8_t *q;         /* [n_t][k_pad] */
+    const float *d, *s;      /* [n_t][row_blocks] */
+    const int32_t *sum;      /* [n_t][row_sums] */
+    size_t k_pad, row_blocks, row_sums;
+    int half;                /* 0 or 1 */
+    float *out;              /* [n_t][ld], HALF columns */
+    size_t ld;
+    bool carry;              /* starts from out instead of zero */
+};
+
+/* sum of code * q over n_groups groups, widened by `factor` (int16 in both halves of each int32). */
+INLINE void add_groups(struct sm_layout f, int n_t, int n_groups, const uint8_t *codes,
+                       const int8_t *q, size_t k_pad, __m256i factor, __m256i isum[TILE_TOKENS]) {
+    const int steps = SM_MIN(steps_of(f), n_groups);
+    for (int first = 0; first < n_groups; first += steps) {
+        __m256i pairs[TILE_TOKENS];
+        for (int g = first; g < first + steps; g++) {
+            __m256i w = _mm256_loadu_si256((const __m256i *)(codes + SM_GROUP_BYTES * g));
             for (int t = 0; t < n_t; t++) {
-                size_t at = (row + t) * n_blocks + b;
-                __m256i sum = isum[h][t];
-                if (f.nibbles && f.offset != 0)
-                    sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(f.offset * a->sum[at]));
-                __m256 scale = _mm256_mul_ps(dw, _mm256_set1_ps(a->d[at]));
-                acc[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[h][t]);
-                if (f.mins)
-                    acc[h][t] = _mm256_fmadd_ps(load_scales(scales + 2 * ROWS),
-                                                _mm256_set1_ps(a->s[at]), acc[h][t]);
+                __m256i p = pairs_of(f, w, broadcast4(q + t * k_pad + 4 * g));
+                pairs[t] = g == first ? p : _mm256_add_epi16(pairs[t], p);
             }
+        }
+        for (int t = 0; t < n_t; t++)
+            isum[t] = _mm256_add_epi32(isum[t], _mm256_madd_epi16(pairs[t], factor));
+    }
+}
+
+/* Formats of one scale per 32 columns. */
+INLINE void plain_tile(struct sm_layout f, int n_t, const struct tile *a, __m256 *acc) {
+    for (size_t b = 0; b < a->n_blocks; b++) {
+        const uint8_t *block = a->panel + b * sm_layout_bytes(f);
+        __m256i isum[TILE_TOKENS];
+        for (int t = 0; t < n_t; t++) {
+            isum[t] = _mm256_setzero_si256();
+            if (f.bias != 0 && f.low < 8)
+                isum[t] = _mm256_set1_epi32(-f.bias * a->sum[t * a->row_sums + b]);
+        }
+        add_groups(f, n_t, 8, a->codes + b * a->slab_step, a->q + SM_SLAB * b, a->k_pad,
+                   _mm256_set1_epi16(1), isum);
+        __m256 dw = load_f16(block);
+        for (int t = 0; t < n_t; t++) {
+            size_t at = t * a->row_blocks + b;
+            __m256 scale = _mm256_mul_ps(dw, _mm256_set1_ps(a->d[at]));
+            acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum[t]), scale, acc[t]);
+            if (f.mins)
+                acc[t] = _mm256_fmadd_ps(load_f16(block + 2 * ROWS), _mm256_set1_ps(a->s[at]), acc[t]);
         }
     }
-    for (int h = 0; h < n_h; h++)
-        for (int t = 0; t < n_t; t++) _mm256_storeu_ps(out + t * m->ld + h * HALF, acc[h][t]);
 }
 
-INLINE void block32(struct format f, const struct sm_matmul *m) {
-    size_t n_halves = 2 * m->n_panels, h = 0;
-    if (m->n_tokens == 1) {
-        for (; h + 4 <= n_halves; h += 4)
-            run_tile(f, 4, 1, m, h, m->first, m->out + h * HALF);
-        if (h < n_halves) run_tile(f, 2, 1, m, h, m->first, m->out + h * HALF);
+/* Scale and min of sub-block s for this half's rows of a block, as int32. */
+INLINE __m256i load_scales(struct sm_layout f, const uint8_t *block, int half, int s) {
+    const uint8_t *p = block + sm_layout_scales(f) + s * ROWS + half * HALF;
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)p);
+    if (f.scales == SM_SCALES_NIBBLES) bytes = _mm_and_si128(bytes, _mm_set1_epi8(15));
+    return _mm256_cvtepi8_epi32(bytes);
+}
+INLINE __m256i load_mins(struct sm_layout f, const uint8_t *block, int half, int s) {
+    bool nibbles = f.scales == SM_SCALES_NIBBLES;
+    const uint8_t *p = block + (nibbles ? sm_layout_scales(f) : sm_layout_mins(f)) + s * ROWS + half * HALF;
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)p);
+    if (nibbles) bytes = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+    return _mm256_cvtepu8_epi32(bytes);
+}
+/* Two int32 vectors of 16-bit numbers as pairs of int16. */
+INLINE __m256i pair_up(__m256i low, __m256i high) {
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xAA);
+}
+/* The activation sums of 16 columns i and i + 1 as a pair of int16. */
+INLINE __m256i sum_pair(const int32_t *sum, int i) {
+    return _mm256_set1_epi32((int)((uint16_t)sum[i] | (uint32_t)sum[i + 1] << 16));
+}
+
+/* Formats of 256 columns with integer scales. */
+INLINE void scaled_tile(struct sm_layout f, int n_t, const struct tile *a, __m256 *acc) {
+    const int n_sub = f.block / f.sub, group_subs = f.group / f.sub;
+    for (size_t b = 0; b < a->n_blocks; b++) {
+        const uint8_t *block = a->panel + b * sm_layout_bytes(f) - 2 * HALF * a->half;
+        const uint8_t *codes = a->codes + 64 * b * SM_GROUP_BYTES;
+        __m256 dw = load_f16(block + 2 * HALF * a->half);
+#pragma GCC unroll 1
+        for (int first = 0; first < n_sub; first += group_subs) {
+            __m256i isum[TILE_TOKENS];
+            for (int t = 0; t < n_t; t++) isum[t] = _mm256_setzero_si256();
+            for (int s = first; s < first + group_subs; s++) {
+                __m256i scale = load_scales(f, block, a->half, s);
+                add_groups(f, n_t, f.sub / 4, codes + s * (f.sub / 4) * SM_GROUP_BYTES,
+                           a->q + 256 * b + (size_t)(s * f.sub), a->k_pad, pair_up(scale, scale),
+                           isum);
+                if (f.bias == 0 || s % 2 == 0) continue;
+                /* biased formats have sub == 16: take bias * scale * sum off for two at once */
+                __m256i two = pair_up(load_scales(f, block, a->half, s - 1), scale);
+                for (int t = 0; t < n_t; t++) {
+                    __m256i sums = sum_pair(a->sum + t * a->row_sums + 16 * b, s - 1);
+                    __m256i off = _mm256_slli_epi32(_mm256_madd_epi16(two, sums), __builtin_ctz(f.bias));
+                    isum[t] = _mm256_sub_epi32(isum[t], off);
+                }
+            }
+            for (int t = 0; t < n_t; t++) {
+                __m256 scale = _mm256_mul_ps(dw, _mm256_set1_ps(a->d[t * a->row_blocks + b]));
+                acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum[t]), scale, acc[t]);
+            }
+        }
+        if (!f.mins) continue;
+        __m256i msum[TILE_TOKENS];
+        for (int t = 0; t < n_t; t++) msum[t] = _mm256_setzero_si256();
+        for (int i = 0; i < 16; i += 2) {
+            __m256i two = pair_up(load_mins(f, block, a->half, i * 16 / f.sub),
+                                  load_mins(f, block, a->half, (i + 1) * 16 / f.sub));
+            for (int t = 0; t < n_t; t++) {
+                __m256i sums = sum_pair(a->sum + t * a->row_sums + 16 * b, i);
+                msum[t] = _mm256_add_epi32(msum[t], _mm256_madd_epi16(two, sums));
+            }
+        }
+        __m256 dmin = load_f16(block + 2 * ROWS + 2 * HALF * a->half);
+        for (int t = 0; t < n_t; t++) {
+            __m256 scale = _mm256_mul_ps(dmin, _mm256_set1_ps(a->d[t * a->row_blocks + b]));
+            acc[t] = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(msum[t]), scale, acc[t]);
+        }
+    }
+}
+
+/* ---- panels ------------------------------------------------------------------------------------------------ */
+
+/* Tokens t .. t + n_t - 1 of m against one half of a panel, n_blocks blocks from `first` on. */
+INLINE void run_tile(struct sm_layout f, int n_t, const struct sm_matmul *m, size_t panel, int half,
+                     size_t t, size_t first, size_t n_blocks) {
+    const struct sm_acts *acts = m->acts;
+    const size_t sums = f.block == 32 ? 1 : 16; /* activation sums of a block */
+    struct tile a = {.slab_step = 8 * SM_GROUP_BYTES, .n_blocks = n_blocks, .k_pad = acts->k_pad,
+                     .row_blocks = acts->k_pad / (size_t)f.block, .half = half, .ld = m->ld,
+                     .carry = first != 0};
+    size_t row = m->first + t, at = row * a.row_blocks + first;
+    const uint8_t *blocks = m->panels + panel * m->panel_bytes + first * sm_layout_bytes(f);
+    a.panel = blocks + 2 * HALF * half;
+    a.codes = (const uint8_t *)m->scratch + 32 * half;
+    if (f.low == 8) { /* need no unpacking */
+        a.codes = blocks + sm_layout_codes(f) + 32 * half;
+        a.slab_step = sm_layout_bytes(f);
+    }
+    a.row_sums = a.row_blocks * sums;
+    a.q = acts->q + row * a.k_pad + first * (size_t)f.block;
+    a.d = acts->d + at;
+    a.s = f.block == 32 ? acts->s + at : NULL;
+    a.sum = acts->sum + at * sums;
+    a.out = m->out + t * m->ld + panel * ROWS + half * HALF;
+    __m256 acc[TILE_TOKENS];
+    for (int i = 0; i < n_t; i++)
+        acc[i] = a.carry ? _mm256_loadu_ps(a.out + i * a.ld) : _mm256_setzero_ps();
+    if (f.scales == SM_SCALES_NONE)
+        plain_tile(f, n_t, &a, acc);
+    else
+        scaled_tile(f, n_t, &a, acc);
+    for (int i = 0; i < n_t; i++) _mm256_storeu_ps(a.out + i * a.ld, acc[i]);
+}
+
+INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t panel) {
+    const size_t block = (size_t)f.block, all = m->acts->k_pad / block, n = m->n_tokens;
+    const size_t most = COLUMNS / block;
+    for (size_t b = 0; b < all; b += most) {
+        size_t n_b = SM_MIN(all - b, most);
+        if (f.low < 8)
+            unpack(f, m->scratch, m->panels + panel * m->panel_bytes, b * block / SM_SLAB,
+                   n_b * block / SM_SLAB);
+        for (int half = 0; half < 2; half++) {
+            size_t t = 0;
+            for (; t + 4 <= n; t += 4) run_tile(f, 4, m, panel, half, t, b, n_b);
+            for (; t + 2 <= n; t += 2) run_tile(f, 2, m, panel, half, t, b, n_b);
+            if (t < n) run_tile(f, 1, m, panel, half, t, b, n_b);
+        }
+    }
+}
+
+/* One token against four halves from half `half` on, packed: several memory streams in flight. */
+INLINE void run_one(struct sm_layout f, const struct sm_matmul *m, size_t half) {
+    const struct sm_acts *a = m->acts;
+    const size_t n_blocks = a->k_pad / SM_SLAB, at = m->first * n_blocks;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256 acc[MAX_HALVES];
+    for (int h = 0; h < MAX_HALVES; h++) acc[h] = _mm256_setzero_ps();
+    for (size_t b = 0; b < n_blocks; b++) {
+        const int8_t *q = a->q + m->first * a->k_pad + SM_SLAB * b;
+        for (int h = 0; h < MAX_HALVES; h++) {
+            const uint8_t *block = m->panels + (half + h) / 2 * m->panel_bytes + b * sm_layout_bytes(f);
+            const int side = (int)((half + h) % 2);
+            __m256i w[8], isum = _mm256_setzero_si256(), pairs = _mm256_setzero_si256();
+            load_slab(f, block + sm_layout_codes(f) + 32 * side, w);
+#pragma GCC unroll 8
+            for (int g = 0; g < 8; g++) {
+                __m256i p = pairs_of(f, w[g], broadcast4(q + 4 * g));
+                if (f.low == 8) isum = _mm256_add_epi32(isum, _mm256_madd_epi16(p, ones));
+                else pairs = _mm256_add_epi16(pairs, p);
+            }
+            if (f.low < 8) isum = _mm256_madd_epi16(pairs, ones);
+            if (f.low < 8 && f.bias != 0)
+                isum = _mm256_sub_epi32(isum, _mm256_set1_epi32(f.bias * a->sum[at + b]));
+            __m256 scale = _mm256_mul_ps(load_f16(block + 2 * HALF * side), _mm256_set1_ps(a->d[at + b]));
+            acc[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), scale, acc[h]);
+            if (f.mins)
+                acc[h] = _mm256_fmadd_ps(load_f16(block + 2 * ROWS + 2 * HALF * side),
+                                         _mm256_set1_ps(a->s[at + b]), acc[h]);
+        }
+    }
+    for (int h = 0; h < MAX_HALVES; h++) _mm256_storeu_ps(m->out + (half + h) * HALF, acc[h]);
+}
+
+INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
+    const bool packed = f.scales == SM_SCALES_NONE && f.high == 0;
+    if (packed && m->n_tokens == 1 && m->n_panels >= 2) {
+        size_t h = 0, n = 2 * m->n_panels;
+        for (; h + MAX_HALVES <= n; h += MAX_HALVES) run_one(f, m, h);
+        /* A rest runs over some halves again: the same numbers in the same places. */
+        if (h < n) run_one(f, m, n - MAX_HALVES);
         return;
     }
-    for (; h < n_halves; h++)
-        for (size_t t = 0; t < m->n_tokens; t += TILE_TOKENS) {
-            float *out = m->out + t * m->ld + h * HALF;
-            switch (SM_MIN(m->n_tokens - t, TILE_TOKENS)) {
-            case 1: run_tile(f, 1, 1, m, h, m->first + t, out); break;
-            case 2: run_tile(f, 1, 2, m, h, m->first + t, out); break;
-            case 3: run_tile(f, 1, 3, m, h, m->first + t, out); break;
-            default: run_tile(f, 1, 4, m, h, m->first + t, out); break;
-            }
-        }
+    for (size_t p = 0; p < m->n_panels; p++) run_panel(f, m, p);
 }
 
-static void matmul_q4_0(const struct sm_matmul *m) {
-    block32((struct format){.nibbles = true, .offset = 8}, m);
-}
-static void matmul_q4_1(const struct sm_matmul *m) {
-    block32((struct format){.nibbles = true, .mins = true}, m);
-}
-static void matmul_q8_0(const struct sm_matmul *m) { block32((struct format){.offset = 128}, m); }
+#define SM_CODES(NAME, name, ...)                              \
+    static void matmul_##name(const struct sm_matmul *m) {     \
+        integers(SM_LAYOUT(__VA_ARGS__), m);                   \
+    }
+#include "../../quants/codes.def"
+#undef SM_CODES
 
 /* ---- floats ---------------------------------------------------------------------------------------- */
 
 typedef __m256 load_fn(const uint8_t *p);
 
 INLINE __m256 load_f32(const uint8_t *p) { return _mm256_loadu_ps((const float *)(const void *)p); }
-INLINE __m256 load_f16(const uint8_t *p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
 INLINE __m256 load_bf16(const uint8_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -190,7 +374,7 @@ void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
     k->matmul[SM_TYPE_F32] = matmul_f32;
     k->matmul[SM_TYPE_F16] = matmul_f16;
     k->matmul[SM_TYPE_BF16] = matmul_bf16;
-    k->matmul[SM_TYPE_Q4_0] = matmul_q4_0;
-    k->matmul[SM_TYPE_Q4_1] = matmul_q4_1;
-    k->matmul[SM_TYPE_Q8_0] = matmul_q8_0;
+#define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = matmul_##name;
+#include "../../quants/codes.def"
+#undef SM_CODES
 }
