@@ -226,7 +226,7 @@ static int take_count(struct reader *r, const char *what, size_t least, size_t *
 }
 
 static int take_string(struct reader *r, struct sm_str *out) {
-    size_t n;
+    size_t n = 0;
     int rc = take_count(r, "bytes of text", 1, &n);
     if (rc != SMALLM_OK) return rc;
     char *s = arena_alloc(r->g, n);
@@ -523,7 +523,7 @@ static int take_preamble(struct reader *r, size_t *n_tensors, size_t *n_keys) {
  * *keys in any case. */
 static int read_part(struct sm_gguf *g, size_t part, struct table *keys, smallm_error *err) {
     struct reader r = {.g = g, .file = g->parts[part], .err = err};
-    size_t n_tensors, n_keys;
+    size_t n_tensors = 0, n_keys = 0;
     int rc;
     r.size = sm_file_size(r.file);
     r.window = sm_alloc((size_t)SM_MIN(r.size, (uint64_t)WINDOW_BYTES));

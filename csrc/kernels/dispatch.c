@@ -7,7 +7,7 @@
 #include "../os.h"
 #include "kernels.h"
 
-#define SM_ISA(name, needs, folder) void sm_init__##name(struct sm_kernels *k);
+#define SM_ISA(name, needs) void sm_init__##name(struct sm_kernels *k);
 #include "isas.def"
 #undef SM_ISA
 #if defined(SM_HAVE_X86)
@@ -21,7 +21,7 @@ struct isa {
 };
 
 static const struct isa isas[] = {
-#define SM_ISA(name, needs, folder) {#name, needs, sm_init__##name},
+#define SM_ISA(name, needs) {#name, needs, sm_init__##name},
 #include "isas.def"
 #undef SM_ISA
 };

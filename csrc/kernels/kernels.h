@@ -41,7 +41,7 @@
  *
  * expf is expf.h's polynomial, never libm's.  silu(x) = x / (1 + expf(-x)).
  * rms_norm: lanes lane[i % 16] = fma(x_i, x_i, lane), i ascending; ss = tree16;
- * r = 1 / sqrt(ss / n + eps); out_i = (x_i * r) * w_i.
+ * r = 1 / sqrt(ss / n + eps) + (ss - ss), NaN where the squares overflow; out_i = (x_i * r) * w_i.
  * rope on a pair: (x0, x1) -> (fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)).
  */
 #ifndef SM_KERNELS_H

@@ -868,7 +868,8 @@ static void case_vector(uint64_t seed) {
 
     float lane[16] = {0};
     for (size_t i = 0; i < n; i++) lane[i % 16] = sm_fma(x[i], x[i], lane[i % 16]);
-    float r = 1.0f / sqrtf(ref_tree16(lane) / (float)n + 1e-5f);
+    float ss = ref_tree16(lane);
+    float r = isfinite(ss) ? 1.0f / sqrtf(ss / (float)n + 1e-5f) : NAN;
     for (size_t i = 0; i < n; i++) want[i] = (x[i] * r) * w[i];
     for (size_t i = 0; i < n_tiers; i++) {
         tiers[i].k.rms_norm(got, x, w, n, 1e-5f);

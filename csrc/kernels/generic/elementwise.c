@@ -16,7 +16,8 @@ void SM_NAME(sm_rms_norm)(float *out, const float *x, const float *w, size_t n, 
     for (; i + 16 <= n; i += 16)
         for (size_t j = 0; j < 16; j++) lane[j] = sm_fma(x[i + j], x[i + j], lane[j]);
     for (; i < n; i++) lane[i % 16] = sm_fma(x[i], x[i], lane[i % 16]);
-    float r = 1.0f / sqrtf(tree16(lane) / (float)n + eps);
+    float ss = tree16(lane);
+    float r = 1.0f / sqrtf(ss / (float)n + eps) + (ss - ss); /* NaN where the squares overflow */
     for (i = 0; i < n; i++) out[i] = (x[i] * r) * w[i];
 }
 

@@ -23,7 +23,8 @@ void SM_NAME(sm_rms_norm)(float *out, const float *x, const float *w, size_t n, 
         lo = _mm256_fmadd_ps(a, a, lo);
         hi = _mm256_fmadd_ps(b, b, hi);
     }
-    __m256 r = _mm256_set1_ps(1.0f / sqrtf(tree16(lo, hi) / (float)n + eps));
+    float ss = tree16(lo, hi);
+    __m256 r = _mm256_set1_ps(1.0f / sqrtf(ss / (float)n + eps) + (ss - ss));
     for (size_t i = 0; i < n; i += 8)
         store(out, i, n, _mm256_mul_ps(_mm256_mul_ps(load(x, i, n), r), load(w, i, n)));
 }
