@@ -5,6 +5,9 @@
  * tokens whose texts make a third, and ranks by the third's score.  At load both become one table,
  * (left, right) -> (rank, merged), so that one loop serves both.
  *
+ * A text is taken as it is: some families' own tokenizers first bring it to Unicode's form NFC,
+ * which a GGUF file does not say.
+ *
  * Invariants of a tokenizer once made:
  *   - pieces[id] are the bytes that token id stands for.  A SentencePiece text has U+2581 where the
  *     user's has a space; pieces (and the text while it is encoded) have a plain space.

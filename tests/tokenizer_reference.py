@@ -10,15 +10,15 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import sentencepiece as spm
 from gguf import GGUFReader, GGUFValueType
-from sentencepiece import sentencepiece_model_pb2  # type: ignore[import-untyped]
 from tiny import KV, byte_symbols
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -316,19 +316,46 @@ def trained_sentencepiece(
     return sentencepiece_keys(model.getvalue())
 
 
+def wire_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a protocol buffer message: int, or bytes undecoded."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+            continue
+        size = {1: 8, 5: 4}.get(key & 7) or varint()
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
 def sentencepiece_keys(model: bytes) -> tuple[spm.SentencePieceProcessor, dict[str, Any]]:
     """The processor of a serialized model, and its GGUF keys as a converter writes them."""
     processor = spm.SentencePieceProcessor(model_proto=model)
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    types = [int(piece.type) for piece in proto.pieces]
+    # ModelProto: 1 = pieces (1 = text, 2 = score, 3 = type), 3 = normalizer (3 = dummy prefix).
+    pieces = [dict(wire_fields(value)) for field, value in wire_fields(model) if field == 1]
+    normalizer = [dict(wire_fields(value)) for field, value in wire_fields(model) if field == 3]
+    types = [piece.get(3, NORMAL) for piece in pieces]
     keys = {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
-        "tokenizer.ggml.scores": [float(piece.score) for piece in proto.pieces],
+        "tokenizer.ggml.tokens": [piece[1].decode() for piece in pieces],
+        "tokenizer.ggml.scores": [struct.unpack("<f", piece[2])[0] for piece in pieces],
         "tokenizer.ggml.token_type": KV(GGUFValueType.ARRAY, types, GGUFValueType.INT32),
         "tokenizer.ggml.bos_token_id": processor.bos_id(),
         "tokenizer.ggml.eos_token_id": processor.eos_id(),
         "tokenizer.ggml.unknown_token_id": processor.unk_id(),
-        "tokenizer.ggml.add_space_prefix": proto.normalizer_spec.add_dummy_prefix,
+        "tokenizer.ggml.add_space_prefix": bool(normalizer[0].get(3, True)),
     }
     return processor, keys
