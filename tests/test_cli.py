@@ -243,11 +243,16 @@ def terminal(*arguments: object) -> Iterator[Any]:
     def write(text: str) -> None:
         os.write(descriptor, text.encode())
 
-    def read_until(text: str) -> str:
+    def read_until(text: str, press: str = "") -> str:
+        """Presses `press` every second: a terminal library may miss a key just before it waits."""
         nonlocal seen
-        end = time.monotonic() + 60
+        begin = pressed = time.monotonic() - 1
         while text.encode() not in seen:
-            assert time.monotonic() < end, f"{text!r} does not come: {seen!r}"
+            now = time.monotonic()
+            assert now < begin + 60, f"{text!r} does not come: {seen!r}"
+            if press and now >= pressed + 1:
+                write(press)
+                pressed = now
             if select.select([descriptor], [], [], 0.1)[0]:
                 try:
                     seen += os.read(descriptor, 65536)
@@ -259,8 +264,10 @@ def terminal(*arguments: object) -> Iterator[Any]:
 
     def wait() -> int:
         with contextlib.suppress(OSError):
-            while os.read(descriptor, 65536):
-                pass
+            while True:
+                assert select.select([descriptor], [], [], 60)[0], "the program does not end"
+                if not os.read(descriptor, 65536):
+                    break
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     try:
@@ -280,13 +287,13 @@ def test_ctrl_c_in_chat_stops_the_answer_and_not_the_program(tiny_chat: Path) ->
         read_until("> ")
         write("Hello\n")
         time.sleep(0.5)
-        write("\x03")
-        read_until("(stopped)")
+        read_until("(stopped)", press="\x03")
         read_until("> ")
-        write("\x03")
-        read_until("/exit or Ctrl-D ends")
+        read_until("/exit or Ctrl-D ends)", press="\x03")
+        read_until("> ")
         write("/reset\n")
-        read_until("a new conversation")
+        read_until("(a new conversation)")
+        read_until("> ")
         write("\x04")
         assert wait() == 0
 
