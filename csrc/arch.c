@@ -118,6 +118,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
                  smallm_error *err) {
     struct reader r = {.arch = arch, .g = g, .err = err};
     memset(h, 0, sizeof *h);
+    h->n_vocab = read_int(&r, "vocab_size", 0, 1, 1 << 24);
     h->n_ctx_train = read_int(&r, "context_length", NO_DEFAULT, 1, 1 << 24);
     h->n_embd = read_int(&r, "embedding_length", NO_DEFAULT, 1, 1 << 16);
     h->n_layer = read_int(&r, "block_count", NO_DEFAULT, 1, 1024);

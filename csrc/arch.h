@@ -29,7 +29,8 @@ struct sm_hparams {
 /* The row the file asks for.  SMALLM_E_UNSUPPORTED lists those there are. */
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err);
 
-/* Reads and judges all hyperparameters but n_vocab (the tokenizer's). */
+/* Reads and judges all hyperparameters.  n_vocab is what the key vocab_size says, 0 where it is
+ * missing: the tokenizer decides. */
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
                  smallm_error *err);
 

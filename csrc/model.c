@@ -369,7 +369,11 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     if (status != SMALLM_OK) return status;
     status = sm_tokenizer_new(l->g, &m->tokenizer, l->err);
     if (status != SMALLM_OK) return status;
-    m->h.n_vocab = sm_tokenizer_n_vocab(m->tokenizer);
+    int n_tokens = sm_tokenizer_n_vocab(m->tokenizer);
+    if (m->h.n_vocab != 0 && m->h.n_vocab != n_tokens)
+        return sm_fail(l->err, SMALLM_E_CORRUPT, "%s: %s.vocab_size is %d; the tokenizer has %d tokens",
+                       sm_gguf_path(l->g), m->arch->name, m->h.n_vocab, n_tokens);
+    m->h.n_vocab = n_tokens;
 
     size_t n_tensors = sm_gguf_n_tensors(l->g);
     l->bound = sm_calloc(n_tensors, sizeof l->bound[0]);
