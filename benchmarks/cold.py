@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from common import (
@@ -61,7 +62,10 @@ model.create_completion("The capital of France is", max_tokens=1, temperature=0)
 
 
 def run(python: str, code: str, *argv: str) -> str:
-    done = subprocess.run([python, "-c", code, *argv], capture_output=True, text=True)
+    # Not from the checkout, whose source folder would hide the installed package.
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, "-c", code, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode != 0:
         raise EngineError(f"{python} ended with status {done.returncode}: {done.stderr[-600:]}")
     return done.stdout.strip().splitlines()[-1]
