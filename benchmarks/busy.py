@@ -34,10 +34,20 @@ from common import (
 N_PROMPT, N_DECODE, IDLE_S = 16, 128, 5.0
 
 
+# Counts until it is killed, or its parent is.
+COUNT = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(10**6):
+        pass
+"""
+
+
 @contextmanager
 def busy(n: int) -> Iterator[None]:
     """n processes that only count, for as long as the block lasts."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    processes = [subprocess.Popen([sys.executable, "-c", COUNT]) for _ in range(n)]
     try:
         time.sleep(0.3)  # until they count
         yield
