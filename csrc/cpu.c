@@ -23,7 +23,7 @@ static uint32_t detect(void) {
     __asm__ __volatile__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
     if ((saved & 0x6) != 0x6) return 0; /* xmm and ymm */
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    uint32_t n_leaves = a, features = 0;
+    uint32_t features = 0;
     if (!bit(b, 5) || !fma || !f16c) return 0; /* every tier above generic builds on AVX2 */
     features |= SM_CPU_AVX2;
     if ((saved & 0xE0) == 0xE0) { /* opmask and zmm */
@@ -31,13 +31,6 @@ static uint32_t detect(void) {
             features |= SM_CPU_AVX512;
             if (bit(c, 11)) features |= SM_CPU_AVX512_VNNI;
         }
-    }
-    if (bit(d, 24) && bit(d, 25) && (saved & 0x60000) == 0x60000 && sm_os_permit_amx()) {
-        features |= SM_CPU_AMX_INT8;
-    }
-    if (n_leaves >= 1) {
-        __get_cpuid_count(7, 1, &a, &b, &c, &d);
-        if (bit(a, 4)) features |= SM_CPU_AVX_VNNI;
     }
     return features;
 }

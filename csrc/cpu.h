@@ -10,10 +10,8 @@
  * system saves its registers too. */
 enum sm_cpu_feature {
     SM_CPU_AVX2 = 1 << 0,       /* with FMA and F16C */
-    SM_CPU_AVX_VNNI = 1 << 1,
-    SM_CPU_AVX512 = 1 << 2,     /* F, BW, VL, DQ */
-    SM_CPU_AVX512_VNNI = 1 << 3,
-    SM_CPU_AMX_INT8 = 1 << 4    /* tiles usable by this process (permission asked for and given) */
+    SM_CPU_AVX512 = 1 << 1,     /* F, BW, VL, DQ */
+    SM_CPU_AVX512_VNNI = 1 << 2
 };
 
 uint32_t sm_cpu_features(void);

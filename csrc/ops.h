@@ -63,8 +63,8 @@ void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
 
 /* The same for one product, with what int8 activations lose given back: x = a + b, a = x rounded to
  * int8, b = x - a rounded to int8; the result is the sum of both products.  The weights are read
- * once, so with few tokens it costs next to nothing.  For the head, whose rounding alone makes a
- * fifth of the KL divergence to float32 (SmolLM2-135M Q4_1: 0.0034 becomes 0.0026). */
+ * once, so with few tokens it costs next to nothing.  For the head, whose
+ * rounding goes straight into the logits (benchmarks/quality.py). */
 void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
                          const struct sm_product *product);
 

@@ -69,9 +69,6 @@ struct sm_cores {
 };
 void sm_cores_get(struct sm_cores *out);
 
-/* Asks for the AMX tile registers, which a process has to; false: refused. */
-bool sm_os_permit_amx(void);
-
 const char *sm_env(const char *name); /* getenv; NULL where unset or empty */
 
 #endif

@@ -175,8 +175,7 @@ struct sm_thread {
 #if defined(__linux__)
 /* Asks the scheduler (Linux 6.12 or newer; older ones ignore it) for short turns: our threads wait
  * for each other every few tens of microseconds, so beside busy processes they are better off with
- * many short turns than with few long ones, at the same share.  Beside two busy processes on two
- * cores, SmolLM2-135M decoded 121 to 132 tokens/s in ten tries with it, 52 to 124 without. */
+ * many short turns than with few long ones, at the same share.  benchmarks/busy.py measures it. */
 static void ask_short_turns(void) {
     struct {
         uint32_t size, policy;
@@ -328,15 +327,6 @@ void sm_cpu_relax_os(void) { sched_yield(); }
 const char *sm_env(const char *name) {
     const char *value = getenv(name);
     return value && *value ? value : NULL;
-}
-
-bool sm_os_permit_amx(void) {
-#if defined(__linux__) && defined(__x86_64__)
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return false;
-#endif
 }
 
 /* ---- cores and memory ----------------------------------------------------------------------- */

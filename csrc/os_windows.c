@@ -243,8 +243,6 @@ const char *sm_env(const char *name) {
     return value && *value ? value : NULL;
 }
 
-bool sm_os_permit_amx(void) { return false; }
-
 /* ---- cores and memory ----------------------------------------------------------------------- */
 
 uint64_t sm_memory_total(void) {

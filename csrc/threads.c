@@ -6,8 +6,9 @@
  * looks at the gate a last time, the raiser looks at the count after it changed the gate, both
  * sequentially consistent, so one of them sees the other.
  *
- * Why 40 us: pure spinning kept 23 % of the quiet decode speed beside two busy processes, sleeping
- * after 30 to 50 us kept 47 %, and sleeping after 3 us cost 45 % of the quiet speed (two cores). */
+ * Why spin and then sleep: a phase of decode takes some tens of microseconds, and a wake-up costs
+ * about as much; but beside busy processes a spinning thread uses up the turn that its absent
+ * partner needs.  benchmarks/busy.py measures both sides. */
 #include "threads.h"
 
 #include <stdalign.h>
@@ -117,8 +118,6 @@ void sm_pool_free(struct sm_pool *p) {
     sm_gate_destroy(&p->finish.gate);
     sm_free(p);
 }
-
-int sm_pool_n_threads(const struct sm_pool *p) { return p->n_threads; }
 
 void sm_pool_run(struct sm_pool *p, sm_phase_fn *fn, void *arg) {
     if (p->n_threads == 1) {

@@ -14,7 +14,6 @@ struct sm_pool;
 
 int sm_pool_new(int n_threads, struct sm_pool **out, smallm_error *err); /* 1 .. SM_MAX_THREADS */
 void sm_pool_free(struct sm_pool *p); /* NULL allowed; waits for the workers */
-int sm_pool_n_threads(const struct sm_pool *p);
 
 typedef void sm_phase_fn(void *arg, int thread, int n_threads);
 

@@ -117,8 +117,6 @@ static void check_halves(void) {
         CHECK(sm_f32_to_f16(-middle) == (0x8000 | (h + (h & 1))));
     }
     CHECK(sm_f32_to_f16(1e30f) == 0x7C00 && sm_f32_to_f16(1e-30f) == 0);
-    CHECK(sm_f32_to_bf16(1.00390625f) == 0x3F80 && sm_f32_to_bf16(1.01171875f) == 0x3F82);
-    CHECK(sm_f32_to_bf16(3.4e38f) == 0x7F80 && isnan(sm_bf16_to_f32(sm_f32_to_bf16(NAN))));
     CHECK(sm_bf16_to_f32(0xC049) == -3.140625f);
 }
 
