@@ -3,6 +3,8 @@
     python benchmarks/busy.py --peer-python ENV/bin/python
 
 As many busy processes as the machine lets this one use cores.  Quiet and busy runs alternate.
+The row "reading" is the same for a program that only reads a buffer of the model's size, a thread on
+each core, none ever waiting for another: what the scheduler's share and the memory leave to anybody.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from common import (
     Engine,
     EngineError,
+    Probes,
     alternate,
     arguments,
     engines,
@@ -72,6 +75,17 @@ def main() -> None:
         "busy_processes": n_busy,
     }
     rows = []
+    probes, size = Probes(), os.path.getsize(path)
+
+    def reading(way: str, i: int) -> float:
+        with busy(n_busy) if way == "busy" else nullcontext():
+            return probes.ask("read", size, options.threads, 1.5)
+
+    rates = alternate(["quiet", "busy"], options.repeats, reading)
+    kept = ratios(rates["busy"], rates["quiet"])
+    results["reading"] = {**rates, "kept": kept}
+    quiet, besides = (show(rates[way]) + " GB/s" for way in ("quiet", "busy"))
+    rows.append(["reading", quiet, besides, spread(kept), "-"])
     for name, python in engines(options).items():
         with ExitStack() as stack:
             engine = stack.enter_context(Engine(name, python))
@@ -96,14 +110,14 @@ def main() -> None:
         rows.append(
             [
                 name,
-                show(rates["quiet"]),
-                show(rates["busy"]),
+                show(rates["quiet"]) + " tok/s",
+                show(rates["busy"]) + " tok/s",
                 spread(kept),
                 f"{100 * idle:.2f} %",
             ]
         )
     print(f"{results['machine']['cpu']}, {options.threads} threads, {n_busy} busy processes")
-    print(table(["", "quiet tok/s", "busy tok/s", "kept", "CPU while idle"], rows))
+    print(table(["", "quiet", "busy", "kept", "CPU while idle"], rows))
     write_json(options.json, results)
     if "smallm" not in results:
         sys.exit(1)

@@ -129,6 +129,22 @@ def alternate(
     return results
 
 
+class Probes:
+    """What the machine can do at all (probes.c, compiled for this run by the C compiler)."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.program = str(Path(self.folder.name) / "probes")
+        compiler = os.environ.get("CC", "cc").split()
+        source = str(HERE / "probes.c")
+        subprocess.run([*compiler, "-O2", "-pthread", source, "-o", self.program], check=True)
+
+    def ask(self, what: str, size_or_tier: int | str, threads: int, seconds: float) -> float:
+        """read: GB/s; int8 and f32: 1e9 operations a second, multiply and add counted apart."""
+        words = [self.program, what, str(size_or_tier), str(threads), str(seconds)]
+        return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+
 def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
     """a / b pair by pair: neighbours in time, so that a drift of the machine cancels."""
     return [x / y for x, y in zip(a, b, strict=False)]

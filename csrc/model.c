@@ -23,8 +23,8 @@ struct job {
     enum sm_type type;
     struct sm_matrix *matrix; /* or NULL */
     float **vector;           /* or NULL */
-    size_t n_rows, k, rows_per_unit;
-    _Atomic size_t next;      /* first row nobody has taken */
+    size_t n_rows, k;
+    size_t rows_per_unit, n_units, first_unit; /* what a thread takes at once; counted over all jobs */
 };
 
 struct loader {
@@ -33,7 +33,7 @@ struct loader {
     smallm_error *err;
     bool *bound;              /* [tensors of the file] */
     struct job *jobs;         /* [n_jobs], at most one per tensor */
-    size_t n_jobs;
+    size_t n_jobs, n_units;
     uint8_t *buffers;         /* [n_threads][buffer_bytes] */
     size_t buffer_bytes;
     _Atomic int status;       /* of the first job that failed */
@@ -71,6 +71,9 @@ static int bind_tensor(struct loader *l, const char *name, enum need need, size_
     size_t row_bytes = sm_row_bytes(type, k);
     *job = (struct job){.tensor = t, .type = type, .n_rows = rows, .k = k};
     job->rows_per_unit = SM_MAX(READ_BYTES / (row_bytes * SM_PANEL_ROWS), 1) * SM_PANEL_ROWS;
+    job->n_units = (rows + job->rows_per_unit - 1) / job->rows_per_unit;
+    job->first_unit = l->n_units;
+    l->n_units += job->n_units;
     l->buffer_bytes = SM_MAX(l->buffer_bytes, SM_MIN(job->rows_per_unit, rows) * row_bytes);
     l->m->info.n_params += rows * k;
     *out = job;
@@ -178,23 +181,21 @@ static int load_rows(const struct loader *l, const struct job *job, size_t first
     return SMALLM_OK;
 }
 
-static void load_phase(void *arg, int thread, int n_threads) {
+static void load_phase(void *arg, int thread, struct sm_work *work) {
     struct loader *l = arg;
-    (void)n_threads;
     uint8_t *buffer = l->buffers + (size_t)thread * l->buffer_bytes;
-    for (size_t j = 0; j < l->n_jobs; j++) {
-        struct job *job = &l->jobs[j];
-        for (;;) {
-            if (atomic_load(&l->status) != SMALLM_OK) return;
-            size_t first = atomic_fetch_add(&job->next, job->rows_per_unit);
-            if (first >= job->n_rows) break;
-            smallm_error err = {.size = sizeof err};
-            int status = load_rows(l, job, first, SM_MIN(job->rows_per_unit, job->n_rows - first),
-                                   buffer, &err);
-            int none = SMALLM_OK;
-            if (status != SMALLM_OK && atomic_compare_exchange_strong(&l->status, &none, status))
-                sm_fail(l->err, status, "%s", err.message);
-        }
+    struct job *job = l->jobs;
+    size_t unit, end;
+    while (atomic_load(&l->status) == SMALLM_OK && sm_work_take(work, thread, &unit, &end)) {
+        if (unit < job->first_unit) job = l->jobs; /* another thread's share */
+        while (unit - job->first_unit >= job->n_units) job++;
+        size_t first = (unit - job->first_unit) * job->rows_per_unit;
+        smallm_error err = {.size = sizeof err};
+        int status = load_rows(l, job, first, SM_MIN(job->rows_per_unit, job->n_rows - first), buffer,
+                               &err);
+        int none = SMALLM_OK;
+        if (status != SMALLM_OK && atomic_compare_exchange_strong(&l->status, &none, status))
+            sm_fail(l->err, status, "%s", err.message);
     }
 }
 
@@ -250,7 +251,7 @@ static int pack_all(struct loader *l, int n_threads, uint64_t memory_limit) {
     struct sm_pool *pool;
     status = sm_pool_new(n_threads, &pool, l->err);
     if (status != SMALLM_OK) return status;
-    sm_pool_run(pool, load_phase, l);
+    sm_pool_run(pool, l->n_units, 1, load_phase, l);
     sm_pool_free(pool);
     return atomic_load(&l->status);
 }

@@ -3,7 +3,9 @@
 
 /* Floats of finished rows a thread keeps before it hands them on: 128 KB, inside L2. */
 #define TILE_FLOATS ((size_t)32768)
-#define MANY 18 /* tokens from which panels are taken in pairs */
+/* What a thread takes at once: little enough that the last to finish is not late. */
+#define PANELS_AT_ONCE 8 /* two fours of a GEMV, whole pairs of a GEMM */
+#define TOKENS_AT_ONCE 4
 
 /* One thread's own memory. */
 struct local {
@@ -105,10 +107,10 @@ void sm_ops_fail(struct sm_ops *o, int status) {
 
 int sm_ops_status(struct sm_ops *o) { return atomic_load_explicit(&o->status, memory_order_relaxed); }
 
-static void run_phase(struct sm_ops *o, sm_phase_fn *fn, void *arg) {
+static void run_phase(struct sm_ops *o, size_t n, size_t grain, sm_phase_fn *fn, void *arg) {
     if (o->cancel != NULL && atomic_load_explicit(o->cancel, memory_order_relaxed))
         sm_ops_fail(o, SMALLM_E_CANCELLED);
-    if (sm_ops_status(o) == SMALLM_OK) sm_pool_run(o->pool, fn, arg);
+    if (sm_ops_status(o) == SMALLM_OK) sm_pool_run(o->pool, n, grain, fn, arg);
 }
 
 /* ---- sources --------------------------------------------------------------------------------------------- */
@@ -137,7 +139,7 @@ struct project {
     struct sm_ops *o;
     const struct sm_source *s;
     const struct sm_product *products;
-    size_t n_products;
+    size_t n_products, n_listed;   /* n_listed: whose panels are counted; up follows gate */
     size_t n, rows;                /* tokens; rows of activations: n, or 2 n where fine */
     bool fine;                     /* row 2 t is token t, row 2 t + 1 what rounding it lost */
     bool wants[SM_ACT_COUNT];      /* activation formats the products read */
@@ -177,13 +179,13 @@ static void place_acts(const struct project *p, uint8_t *const *memory,
         if (p->wants[a]) sm_acts_place(&acts[a], (enum sm_act)a, p->rows, p->s->k, memory[a]);
 }
 
-static void prepare_phase(void *arg, int thread, int n_threads) {
+static void prepare_phase(void *arg, int thread, struct sm_work *work) {
     const struct project *p = arg;
     struct sm_acts acts[SM_ACT_COUNT];
     place_acts(p, p->o->acts, acts);
     size_t begin, end;
-    sm_share(p->n, 1, thread, n_threads, &begin, &end);
-    prepare_tokens(p, begin, end, p->o->locals[thread].row, acts);
+    while (sm_work_take(work, thread, &begin, &end))
+        prepare_tokens(p, begin, end, p->o->locals[thread].row, acts);
 }
 
 /* Panels first .. first + n_panels - 1 of w for all rows into tile [rows][16 n_panels]. */
@@ -251,34 +253,37 @@ static void run_panels(const struct project *p, const struct sm_product *product
     }
 }
 
-static void product_phase(void *arg, int thread, int n_threads) {
+static void product_phase(void *arg, int thread, struct sm_work *work) {
     const struct project *p = arg;
     struct local *l = &p->o->locals[thread];
     struct sm_acts acts[SM_ACT_COUNT];
+    size_t begin, end;
     if (p->rows < SM_FEW) {
         place_acts(p, l->acts, acts);
         prepare_tokens(p, 0, p->n, l->row, acts);
     } else {
         place_acts(p, p->o->acts, acts);
     }
-    /* One range of panels over all products, so that small matrices do not round a thread away. */
-    size_t all = 0, n_listed = p->gated != NULL ? 1 : p->n_products;
-    for (size_t i = 0; i < n_listed; i++) all += p->products[i].w->n_panels;
-    size_t begin, end, base = 0;
-    sm_share(all, p->rows < MANY ? 1 : 2, thread, n_threads, &begin, &end);
-    for (size_t i = 0; i < n_listed; i++) {
-        size_t n = p->products[i].w->n_panels;
-        size_t from = SM_MAX(begin, base), to = SM_MIN(end, base + n);
-        if (from < to) run_panels(p, &p->products[i], acts, from - base, to - base, l);
-        base += n;
+    while (sm_work_take(work, thread, &begin, &end)) {
+        size_t base = 0;
+        for (size_t i = 0; i < p->n_listed; i++) {
+            size_t n = p->products[i].w->n_panels;
+            size_t from = SM_MAX(begin, base), to = SM_MIN(end, base + n);
+            if (from < to) run_panels(p, &p->products[i], acts, from - base, to - base, l);
+            base += n;
+        }
     }
 }
 
 static void run_project(struct project *p) {
     p->rows = p->fine ? 2 * p->n : p->n;
     for (size_t i = 0; i < p->n_products; i++) p->wants[sm_quants[p->products[i].w->type].act] = true;
-    if (p->rows >= SM_FEW) run_phase(p->o, prepare_phase, p);
-    run_phase(p->o, product_phase, p);
+    if (p->rows >= SM_FEW) run_phase(p->o, p->n, TOKENS_AT_ONCE, prepare_phase, p);
+    /* One range of panels over all products, so that small matrices do not round a thread away. */
+    p->n_listed = p->gated != NULL ? 1 : p->n_products;
+    size_t n_panels = 0;
+    for (size_t i = 0; i < p->n_listed; i++) n_panels += p->products[i].w->n_panels;
+    run_phase(p->o, n_panels, PANELS_AT_ONCE, product_phase, p);
 }
 
 void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
@@ -320,22 +325,16 @@ struct each {
     struct sm_ops *o;
     sm_item_fn *run;
     void *context;
-    size_t n;
-    _Atomic size_t next;
 };
 
-static void each_phase(void *arg, int thread, int n_threads) {
+static void each_phase(void *arg, int thread, struct sm_work *work) {
     struct each *e = arg;
     struct local *l = &e->o->locals[thread];
-    (void)n_threads;
-    for (;;) {
-        size_t item = atomic_fetch_add_explicit(&e->next, 1, memory_order_relaxed);
-        if (item >= e->n) return;
-        e->run(e->context, item, l->scratch, l->own);
-    }
+    size_t item, end;
+    while (sm_work_take(work, thread, &item, &end)) e->run(e->context, item, l->scratch, l->own);
 }
 
 void sm_ops_each(struct sm_ops *o, size_t n, sm_item_fn *run, void *context) {
-    struct each e = {.o = o, .run = run, .context = context, .n = n};
-    run_phase(o, each_phase, &e);
+    struct each e = {.o = o, .run = run, .context = context};
+    run_phase(o, n, 1, each_phase, &e);
 }

@@ -13,7 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -172,28 +171,9 @@ struct sm_thread {
     char name[16]; /* Linux's limit, with the NUL */
 };
 
-#if defined(__linux__)
-/* Asks the scheduler (Linux 6.12 or newer; older ones ignore it) for short turns: our threads wait
- * for each other every few tens of microseconds, so beside busy processes they are better off with
- * many short turns than with few long ones, at the same share.  benchmarks/busy.py measures it. */
-static void ask_short_turns(void) {
-    struct {
-        uint32_t size, policy;
-        uint64_t flags;
-        int32_t nice;
-        uint32_t priority;
-        uint64_t turn_ns, deadline, period;
-    } attr = {.size = sizeof attr, .policy = SCHED_OTHER, .turn_ns = 100000};
-    errno = 0;
-    attr.nice = getpriority(PRIO_PROCESS, 0); /* keeps what the user gave */
-    if (errno == 0 && sched_getscheduler(0) == SCHED_OTHER) syscall(SYS_sched_setattr, 0, &attr, 0);
-}
-#endif
-
 static void *thread_main(void *p) {
     struct sm_thread *t = p;
 #if defined(__linux__)
-    ask_short_turns();
     pthread_setname_np(pthread_self(), t->name);
 #elif defined(__APPLE__)
     pthread_setname_np(t->name);

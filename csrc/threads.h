@@ -1,7 +1,9 @@
-/* A persistent pool that runs phases: every thread runs the same function once, and the phase ends
- * when all of them have.  The caller is thread 0.
+/* A persistent pool that runs phases: a phase is a number of items, which the threads take until none
+ * is left.  The caller is thread 0.
  *
- * Between phases the workers spin for some 40 us by the clock, then sleep: an idle pool uses no CPU.
+ * No thread is waited for that has not begun: beside busy processes, or on cores of unequal speed, the
+ * threads that run take the share of those that do not.  Between phases the workers spin for some
+ * 40 us by the clock, then sleep: an idle pool uses no CPU.
  * One caller at a time (the engine's thread, or the loader). */
 #ifndef SM_THREADS_H
 #define SM_THREADS_H
@@ -11,24 +13,21 @@
 #define SM_MAX_THREADS 256
 
 struct sm_pool;
+struct sm_work; /* what is left of a phase */
 
 int sm_pool_new(int n_threads, struct sm_pool **out, smallm_error *err); /* 1 .. SM_MAX_THREADS */
 void sm_pool_free(struct sm_pool *p); /* NULL allowed; waits for the workers */
 
-typedef void sm_phase_fn(void *arg, int thread, int n_threads);
+/* A thread's part of a phase: it must call sm_work_take until that says no, or return early when the
+ * rest need not be done.  Each thread runs it at most once a phase; thread 0 always does. */
+typedef void sm_phase_fn(void *arg, int thread, struct sm_work *work);
 
-/* Runs fn(arg, i, n_threads) on every thread i and returns when all are done.  Writes of a phase
- * are visible to all threads in the next. */
-void sm_pool_run(struct sm_pool *p, sm_phase_fn *fn, void *arg);
+/* Has the threads take n items, about `grain` at once, and returns when all are done.  Each thread
+ * has a contiguous share, so that it goes on where it was in memory, and takes from the others'
+ * shares once its own is empty.  Writes of a phase are visible to all threads in the next. */
+void sm_pool_run(struct sm_pool *p, size_t n, size_t grain, sm_phase_fn *fn, void *arg);
 
-/* Thread i's share [*begin, *end) of n items, in units of `grain`: contiguous, differing by at most
- * one unit. */
-static inline void sm_share(size_t n, size_t grain, int i, int n_threads, size_t *begin, size_t *end) {
-    size_t units = (n + grain - 1) / grain;
-    size_t b = units * (size_t)i / (size_t)n_threads * grain;
-    size_t e = units * ((size_t)i + 1) / (size_t)n_threads * grain;
-    *begin = b < n ? b : n;
-    *end = e < n ? e : n;
-}
+/* The next items [*begin, *end) for this thread, fewer than 1.5 grains; false: none is left. */
+bool sm_work_take(struct sm_work *work, int thread, size_t *begin, size_t *end);
 
 #endif

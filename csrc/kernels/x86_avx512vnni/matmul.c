@@ -1,9 +1,9 @@
 /* Matrix products on AVX-512 VNNI: one panel row per 32-bit lane, weights as dpbusd's unsigned
  * operand, activations broadcast four signed bytes at a time.
  *
- * A tile holds n_p panels x n_t tokens in registers.  One token of a format without integer scales
- * runs four panels wide on the packed bytes, so that several memory streams are in flight.  All
- * else unpacks two panels at a time into scratch and uses them for all tokens: FEW_COLUMNS columns
+ * A tile holds n_p panels x n_t tokens in registers.  One or two tokens of a format without integer
+ * scales run four panels wide on the packed bytes, so that several memory streams are in flight.
+ * All else unpacks two panels at a time into scratch and uses them for all tokens: FEW_COLUMNS columns
  * (in L1) for few tokens, UNPACK_COLUMNS (64 KB, well inside L2) for many; longer rows carry their
  * sums in `out`. */
 #include <immintrin.h>
@@ -17,7 +17,7 @@
 #define MANY_TOKENS 18
 #define UNPACK_COLUMNS 2048
 #define FEW_COLUMNS 512
-#define PREFETCH_BYTES 1536 /* ahead of each of the four streams of a single token */
+#define PREFETCH_BYTES 2048 /* ahead of each of the four streams of one or two tokens */
 
 /* ---- codes ------------------------------------------------------------------------------------------------- */
 
@@ -75,6 +75,8 @@ struct tile {
     float *out;              /* [n_t][ld], ROWS * n_p columns */
     size_t ld;
     bool carry;              /* starts from out instead of zero */
+    size_t n_within, to_next; /* packed: blocks whose prefetch stays in the panel; from a panel's end to
+                               * the panel that follows in this stream */
 };
 
 INLINE __m512i broadcast4(const int8_t *p) {
@@ -116,9 +118,8 @@ INLINE void plain_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, cons
         } else {
             for (int p = 0; p < n_p; p++) {
                 const uint8_t *block = a->panel[p] + b * step;
-                if (n_t == 1)
-                    for (size_t i = 0; i < step; i += 64)
-                        _mm_prefetch(block + PREFETCH_BYTES + i, _MM_HINT_T0);
+                const uint8_t *ahead = block + PREFETCH_BYTES + (b < a->n_within ? 0 : a->to_next);
+                for (size_t i = 0; i < step; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
                 __m512i w[8];
                 load_slab(f, block + sm_layout_codes(f), w);
 #pragma GCC unroll 8
@@ -255,6 +256,9 @@ INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const 
         if (f.low == 8) a.codes[p] = a.panel[p] + sm_layout_codes(f); /* need no unpacking */
     }
     if (f.low == 8) a.slab_step = sm_layout_bytes(f);
+    size_t n_ahead = PREFETCH_BYTES / sm_layout_bytes(f);
+    a.n_within = n_blocks > n_ahead ? n_blocks - n_ahead : 0;
+    a.to_next = (size_t)(n_p - 1) * m->panel_bytes;
     if (f.scales == SM_SCALES_NONE)
         plain_tile(f, unpacked, n_p, n_t, &a);
     else
@@ -291,21 +295,25 @@ INLINE void run_single(struct sm_layout f, const struct sm_matmul *m) {
     }
 }
 
+/* One or two tokens straight from the packed bytes. */
+INLINE void run_packed(struct sm_layout f, int n_t, const struct sm_matmul *m) {
+    const size_t all = m->acts->k_pad / SM_SLAB, n = m->n_panels;
+    size_t p = 0;
+    for (; p + 4 <= n; p += 4) run_tile(f, false, 4, n_t, m, p, 0, 0, all);
+    for (; p + 2 <= n; p += 2) run_tile(f, false, 2, n_t, m, p, 0, 0, all);
+    if (p < n) run_tile(f, false, 1, n_t, m, p, 0, 0, all);
+}
+
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
     size_t p = 0, n = m->n_panels;
-    if (f.scales == SM_SCALES_NONE && m->n_tokens == 1 && n >= 4) {
-        const size_t all = m->acts->k_pad / SM_SLAB;
-        for (; p + 4 <= n; p += 4) run_tile(f, false, 4, 1, m, p, 0, 0, all);
-        /* A rest runs over some panels again: the same numbers in the same places. */
-        if (p < n) run_tile(f, false, 4, 1, m, n - 4, 0, 0, all);
-        return;
-    }
-    if (n == 1) {
+    if (f.scales == SM_SCALES_NONE && m->n_tokens == 1)
+        run_packed(f, 1, m);
+    else if (f.scales == SM_SCALES_NONE && m->n_tokens == 2)
+        run_packed(f, 2, m);
+    else if (n == 1)
         run_single(f, m);
-        return;
-    }
-    for (; p + 2 <= n; p += 2) run_pair(f, m, p);
-    if (p < n) run_pair(f, m, n - 2);
+    else
+        for (; p < n; p += 2) run_pair(f, m, SM_MIN(p, n - 2)); /* a rest runs over a panel again */
 }
 
 #define SM_CODES(NAME, name, ...)                              \
