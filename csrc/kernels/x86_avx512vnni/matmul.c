@@ -1,11 +1,10 @@
 /* Matrix products on AVX-512 VNNI: one panel row per 32-bit lane, weights as dpbusd's unsigned
  * operand, activations broadcast four signed bytes at a time.
  *
- * A tile holds n_p panels x n_t tokens in registers.  One or two tokens of a format without integer
- * scales run four panels wide on the packed bytes, so that several memory streams are in flight.
- * All else unpacks two panels at a time into scratch and uses them for all tokens: FEW_COLUMNS columns
- * (in L1) for few tokens, UNPACK_COLUMNS (64 KB, well inside L2) for many; longer rows carry their
- * sums in `out`. */
+ * A tile holds n_p panels x n_t tokens in registers.  One or two tokens run four panels wide on the
+ * packed bytes, so that several memory streams are in flight.  More unpack two panels at a time into
+ * scratch and use them for all tokens: FEW_COLUMNS columns (in L1) for few tokens, TILE_COLUMNS
+ * (64 KB, well inside L2) for many; longer rows carry their sums in `out`. */
 #include <immintrin.h>
 
 #include "../panels.h"
@@ -15,9 +14,9 @@
 #define ROWS SM_PANEL_ROWS
 #define TILE_TOKENS 6
 #define MANY_TOKENS 18
-#define UNPACK_COLUMNS 2048
+#define TILE_COLUMNS 2048
 #define FEW_COLUMNS 512
-#define PREFETCH_BYTES 2048 /* ahead of each of the four streams of one or two tokens */
+#define PREFETCH_BYTES 2048 /* ahead of each stream of packed panels */
 
 /* ---- codes ------------------------------------------------------------------------------------------------- */
 
@@ -63,21 +62,53 @@ INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, siz
 
 /* ---- tiles ------------------------------------------------------------------------------------------------- */
 
-/* Some blocks of n_t tokens against n_p panels. */
+/* Some blocks (at most TILE_COLUMNS columns) of n_t tokens against n_p panels. */
 struct tile {
     const uint8_t *panel[4]; /* at the first block to do */
-    const uint8_t *codes[4]; /* unpacked codes [8][64] of each slab, slab_step apart */
+    const uint8_t *codes[2]; /* unpacked codes [8][64] of each slab, slab_step apart */
     size_t slab_step, n_blocks;
     const int8_t *q;         /* [n_t][k_pad] */
     const float *d, *s;      /* [n_t][row_blocks] */
-    const int32_t *sum;      /* [n_t][row_sums] */
-    size_t k_pad, row_blocks, row_sums;
+    size_t k_pad, row_blocks;
     float *out;              /* [n_t][ld], ROWS * n_p columns */
     size_t ld;
     bool carry;              /* starts from out instead of zero */
-    size_t n_within, to_next; /* packed: blocks whose prefetch stays in the panel; from a panel's end to
-                               * the panel that follows in this stream */
+    size_t n_within, to_next; /* packed: blocks whose prefetch stays in the panel; from a panel's end
+                               * to the panel that follows in this stream */
+    /* Of the sums of q over a sub-block (32 columns at most): */
+    int32_t seed[TILE_TOKENS][TILE_COLUMNS / 16]; /* -bias * sum, what the codes' bias adds */
+    int32_t pairs[TILE_TOKENS][TILE_COLUMNS / 32]; /* neighbours as two int16, for the mins */
 };
+
+/* Fills seed and pairs from sum, [n_t][row_sums] from the first block on: one per 32 columns in
+ * formats of one scale, else one per 16. */
+INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int32_t *sum,
+                         size_t row_sums) {
+    const size_t n = a->n_blocks * (f.block == 32 ? 1 : 16);
+    for (int t = 0; t < n_t; t++)
+        for (size_t i = 0; i < n; i += 16) {
+            __mmask16 there = (__mmask16)(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
+            __m512i x = _mm512_maskz_loadu_epi32(there, sum + (size_t)t * row_sums + i);
+            if (f.bias != 0) {
+                __m512i scaled = _mm512_slli_epi32(x, (unsigned)__builtin_ctz((unsigned)f.bias));
+                _mm512_storeu_si512(a->seed[t] + i, _mm512_sub_epi32(_mm512_setzero_si512(), scaled));
+            }
+            if (f.scales == SM_SCALES_NONE || !f.mins) continue;
+            __m256i words = _mm512_cvtepi32_epi16(x);
+            if (f.sub == 16) {
+                _mm256_storeu_si256((__m256i *)(a->pairs[t] + i / 2), words);
+            } else { /* sums over 32 columns: |sum| <= 32 * 127 still fits */
+                __m256i two = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+                _mm_storeu_si128((__m128i *)(a->pairs[t] + i / 4), _mm256_cvtepi32_epi16(two));
+            }
+        }
+}
+
+/* Prefetches bytes from .. to - 1 of what follows PREFETCH_BYTES later in panel p's stream. */
+INLINE void prefetch(const struct tile *a, int p, size_t block, size_t from, size_t to) {
+    const uint8_t *ahead = a->panel[p] + PREFETCH_BYTES + (block < a->n_within ? 0 : a->to_next);
+    for (size_t i = from; i < to; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+}
 
 INLINE __m512i broadcast4(const int8_t *p) {
     int32_t four;
@@ -87,39 +118,46 @@ INLINE __m512i broadcast4(const int8_t *p) {
 INLINE __m512 load_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
-/* -bias * sum: what the codes' bias adds to an integer sum, taken off beforehand.  */
-INLINE __m512i seed_of(struct sm_layout f, int32_t sum) {
-    if (f.bias == 0) return _mm512_setzero_si512();
-    return _mm512_sub_epi32(_mm512_setzero_si512(),
-                            _mm512_slli_epi32(_mm512_set1_epi32(sum), (unsigned)__builtin_ctz(f.bias)));
+INLINE __m512i seed_of(struct sm_layout f, const struct tile *a, int t, size_t i) {
+    return f.bias == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(a->seed[t][i]);
+}
+INLINE void load_acc(int n_p, int n_t, const struct tile *a, __m512 acc[4][TILE_TOKENS]) {
+    for (int p = 0; p < n_p; p++)
+        for (int t = 0; t < n_t; t++)
+            acc[p][t] = a->carry ? _mm512_loadu_ps(a->out + (size_t)t * a->ld + p * ROWS)
+                                 : _mm512_setzero_ps();
+}
+INLINE void store_acc(int n_p, int n_t, const struct tile *a, __m512 acc[4][TILE_TOKENS]) {
+    for (int p = 0; p < n_p; p++)
+        for (int t = 0; t < n_t; t++)
+            _mm512_storeu_ps(a->out + (size_t)t * a->ld + p * ROWS, acc[p][t]);
 }
 
 /* Formats of one scale per 32 columns. */
 INLINE void plain_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct tile *a) {
     const size_t step = sm_layout_bytes(f);
     __m512 acc[4][TILE_TOKENS];
-    for (int p = 0; p < n_p; p++)
-        for (int t = 0; t < n_t; t++)
-            acc[p][t] = a->carry ? _mm512_loadu_ps(a->out + t * a->ld + p * ROWS)
-                                 : _mm512_setzero_ps();
+    load_acc(n_p, n_t, a, acc);
     for (size_t b = 0; b < a->n_blocks; b++) {
         __m512i isum[4][TILE_TOKENS];
         for (int t = 0; t < n_t; t++)
-            for (int p = 0; p < n_p; p++) isum[p][t] = seed_of(f, a->sum[t * a->row_sums + b]);
+            for (int p = 0; p < n_p; p++) isum[p][t] = seed_of(f, a, t, b);
         const int8_t *q = a->q + SM_SLAB * b;
         if (unpacked) {
-            for (int g = 0; g < 8; g++)
-                for (int p = 0; p < n_p; p++) {
-                    __m512i w = _mm512_loadu_si512(a->codes[p] + b * a->slab_step + g * 64);
-                    for (int t = 0; t < n_t; t++)
-                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w,
-                                                         broadcast4(q + t * a->k_pad + 4 * g));
+            for (int g = 0; g < 8; g++) {
+                __m512i w[2];
+                for (int p = 0; p < n_p; p++)
+                    w[p] = _mm512_loadu_si512(a->codes[p] + b * a->slab_step + g * 64);
+                for (int t = 0; t < n_t; t++) {
+                    __m512i x = broadcast4(q + (size_t)t * a->k_pad + 4 * g);
+                    for (int p = 0; p < n_p; p++)
+                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[p], x);
                 }
+            }
         } else {
             for (int p = 0; p < n_p; p++) {
                 const uint8_t *block = a->panel[p] + b * step;
-                const uint8_t *ahead = block + PREFETCH_BYTES + (b < a->n_within ? 0 : a->to_next);
-                for (size_t i = 0; i < step; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+                prefetch(a, p, b, b * step, (b + 1) * step);
                 __m512i w[8];
                 load_slab(f, block + sm_layout_codes(f), w);
 #pragma GCC unroll 8
@@ -141,8 +179,7 @@ INLINE void plain_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, cons
             }
         }
     }
-    for (int p = 0; p < n_p; p++)
-        for (int t = 0; t < n_t; t++) _mm512_storeu_ps(a->out + t * a->ld + p * ROWS, acc[p][t]);
+    store_acc(n_p, n_t, a, acc);
 }
 
 /* Scale (below) and min of sub-block s for the 16 rows of a block, as int32. */
@@ -159,37 +196,58 @@ INLINE __m512i load_mins(struct sm_layout f, const uint8_t *block, int s) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(block + sm_layout_mins(f) + s * ROWS)));
 }
 
+/* Takes the mins of block b of panel p off the accumulators. */
+INLINE void subtract_mins(struct sm_layout f, int n_t, const struct tile *a, size_t b, int p,
+                          __m512 acc[TILE_TOKENS]) {
+    const uint8_t *block = a->panel[p] + b * sm_layout_bytes(f);
+    const int n_pairs = f.block / f.sub / 2;
+    __m512i msum[TILE_TOKENS];
+    for (int t = 0; t < n_t; t++) msum[t] = _mm512_setzero_si512();
+    for (int i = 0; i < n_pairs; i++) {
+        __m512i even = load_mins(f, block, 2 * i), odd = load_mins(f, block, 2 * i + 1);
+        __m512i pair = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+        for (int t = 0; t < n_t; t++)
+            msum[t] = _mm512_dpwssd_epi32(
+                msum[t], pair, _mm512_set1_epi32(a->pairs[t][b * (size_t)n_pairs + (size_t)i]));
+    }
+    __m512 dmin = load_f16(block + 2 * ROWS);
+    for (int t = 0; t < n_t; t++) {
+        __m512 scale = _mm512_mul_ps(dmin, _mm512_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
+        acc[t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(msum[t]), scale, acc[t]);
+    }
+}
+
 /* Formats of 256 columns with integer scales, unpacked.  Sums of scale * dot stay below 2^24 within
  * a group, so they are exact as floats, where the multiply-add costs half of vpmulld. */
 INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile *a) {
     const size_t step = sm_layout_bytes(f);
     const int n_sub = f.block / f.sub, sub_groups = f.sub / 4, group_subs = f.group / f.sub;
-    __m512 acc[2][TILE_TOKENS];
-    for (int p = 0; p < n_p; p++)
-        for (int t = 0; t < n_t; t++)
-            acc[p][t] = a->carry ? _mm512_loadu_ps(a->out + t * a->ld + p * ROWS)
-                                 : _mm512_setzero_ps();
+    __m512 acc[4][TILE_TOKENS];
+    load_acc(n_p, n_t, a, acc);
     for (size_t b = 0; b < a->n_blocks; b++) {
-        const int32_t *sum = a->sum + 16 * b; /* per 16 columns */
 #pragma GCC unroll 1
         for (int first = 0; first < n_sub; first += group_subs) {
             __m512 scaled[2][TILE_TOKENS];
             for (int p = 0; p < n_p; p++)
                 for (int t = 0; t < n_t; t++) scaled[p][t] = _mm512_setzero_ps();
+#pragma GCC unroll 1
             for (int s = first; s < first + group_subs; s++) {
                 __m512i isum[2][TILE_TOKENS];
                 for (int t = 0; t < n_t; t++)
                     for (int p = 0; p < n_p; p++) /* biased formats have sub == 16 */
-                        isum[p][t] = seed_of(f, sum[t * a->row_sums + s]);
-                for (int g = 0; g < sub_groups; g++)
-                    for (int p = 0; p < n_p; p++) {
-                        size_t at = (64 * b + (size_t)(s * sub_groups + g)) * 64;
-                        __m512i w = _mm512_load_si512(a->codes[p] + at);
-                        const int8_t *q = a->q + 256 * b + (size_t)(s * f.sub + 4 * g);
-                        for (int t = 0; t < n_t; t++)
-                            isum[p][t] =
-                                _mm512_dpbusd_epi32(isum[p][t], w, broadcast4(q + t * a->k_pad));
+                        isum[p][t] = seed_of(f, a, t, 16 * b + (size_t)s);
+#pragma GCC unroll 4 /* all 8 at once spill the sums */
+                for (int g = 0; g < sub_groups; g++) {
+                    const size_t at = (64 * b + (size_t)(s * sub_groups + g)) * 64;
+                    const int8_t *q = a->q + 256 * b + (size_t)(s * f.sub + 4 * g);
+                    __m512i w[2];
+                    for (int p = 0; p < n_p; p++) w[p] = _mm512_load_si512(a->codes[p] + at);
+                    for (int t = 0; t < n_t; t++) {
+                        __m512i x = broadcast4(q + (size_t)t * a->k_pad);
+                        for (int p = 0; p < n_p; p++)
+                            isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[p], x);
                     }
+                }
                 for (int p = 0; p < n_p; p++) {
                     __m512 scale = _mm512_cvtepi32_ps(load_scales(f, a->panel[p] + b * step, s));
                     for (int t = 0; t < n_t; t++) {
@@ -206,74 +264,110 @@ INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile 
                 }
             }
         }
-        if (!f.mins) continue;
-        __m512i msum[2][TILE_TOKENS]; /* sums of 16 columns in pairs of int16 */
-        for (int p = 0; p < n_p; p++)
-            for (int t = 0; t < n_t; t++) msum[p][t] = _mm512_setzero_si512();
-        for (int i = 0; i < 8; i++)
-            for (int p = 0; p < n_p; p++) {
-                const uint8_t *block = a->panel[p] + b * step;
-                __m512i even = load_mins(f, block, 2 * i * 16 / f.sub);
-                __m512i odd = load_mins(f, block, (2 * i + 1) * 16 / f.sub);
-                __m512i pair = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-                for (int t = 0; t < n_t; t++) {
-                    const int32_t *two = sum + t * a->row_sums + 2 * i;
-                    uint32_t sums = (uint16_t)two[0] | (uint32_t)two[1] << 16;
-                    msum[p][t] = _mm512_dpwssd_epi32(msum[p][t], pair, _mm512_set1_epi32((int)sums));
-                }
-            }
+        if (f.mins)
+            for (int p = 0; p < n_p; p++) subtract_mins(f, n_t, a, b, p, acc[p]);
+    }
+    store_acc(n_p, n_t, a, acc);
+}
+
+/* The same from the packed bytes, a slab of 32 columns at a time: one or two tokens. */
+INLINE void scaled_packed_tile(struct sm_layout f, int n_p, int n_t, const struct tile *a) {
+    const size_t step = sm_layout_bytes(f), n_slabs = (size_t)(f.block / SM_SLAB);
+    const int slab_subs = SM_SLAB / f.sub, sub_groups = f.sub / 4;
+    __m512 acc[4][TILE_TOKENS];
+    load_acc(n_p, n_t, a, acc);
+    for (size_t b = 0; b < a->n_blocks; b++) {
+        __m512 scale[4][TILE_TOKENS], scaled[4][TILE_TOKENS];
         for (int p = 0; p < n_p; p++) {
-            __m512 dmin = load_f16(a->panel[p] + b * step + 2 * ROWS);
+            __m512 dw = load_f16(a->panel[p] + b * step);
             for (int t = 0; t < n_t; t++) {
-                __m512 scale = _mm512_mul_ps(dmin, _mm512_set1_ps(a->d[t * a->row_blocks + b]));
-                acc[p][t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(msum[p][t]), scale, acc[p][t]);
+                scale[p][t] =
+                    _mm512_mul_ps(dw, _mm512_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
+                scaled[p][t] = _mm512_setzero_ps();
             }
         }
+#pragma GCC unroll 1
+        for (size_t i = 0; i < n_slabs; i++) {
+            const size_t line = step / n_slabs, from = b * step + i * line;
+            const int8_t *q = a->q + 256 * b + SM_SLAB * i;
+            const bool ends = (i + 1) * SM_SLAB % (size_t)f.group == 0; /* a group */
+            for (int p = 0; p < n_p; p++) {
+                const uint8_t *block = a->panel[p] + b * step;
+                prefetch(a, p, b, from, from + line);
+                __m512i w[8];
+                load_slab(f, block + sm_layout_codes(f) + i * sm_layout_slab(f), w);
+#pragma GCC unroll 2
+                for (int s = 0; s < slab_subs; s++) {
+                    const int sub = (int)i * slab_subs + s;
+                    __m512 sub_scale = _mm512_cvtepi32_ps(load_scales(f, block, sub));
+                    for (int t = 0; t < n_t; t++) {
+                        __m512i isum = seed_of(f, a, t, 16 * b + (size_t)sub);
+#pragma GCC unroll 8
+                        for (int g = 0; g < sub_groups; g++)
+                            isum = _mm512_dpbusd_epi32(
+                                isum, w[s * sub_groups + g],
+                                broadcast4(q + (size_t)t * a->k_pad + s * f.sub + 4 * g));
+                        scaled[p][t] =
+                            _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum), sub_scale, scaled[p][t]);
+                    }
+                }
+                for (int t = 0; ends && t < n_t; t++) {
+                    acc[p][t] = _mm512_fmadd_ps(scaled[p][t], scale[p][t], acc[p][t]);
+                    scaled[p][t] = _mm512_setzero_ps();
+                }
+            }
+        }
+        if (f.mins)
+            for (int p = 0; p < n_p; p++) subtract_mins(f, n_t, a, b, p, acc[p]);
     }
-    for (int p = 0; p < n_p; p++)
-        for (int t = 0; t < n_t; t++) _mm512_storeu_ps(a->out + t * a->ld + p * ROWS, acc[p][t]);
+    store_acc(n_p, n_t, a, acc);
 }
 
 /* ---- panels ------------------------------------------------------------------------------------------------ */
 
-/* Tokens t .. t + n_t - 1 of m against n_p panels from `panel` on, blocks from `first` on. */
+/* Tokens t .. t + n_t - 1 of m against n_p panels from `panel` on, n_blocks blocks from `first` on. */
 INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct sm_matmul *m,
                      size_t panel, size_t t, size_t first, size_t n_blocks) {
     const struct sm_acts *acts = m->acts;
-    const size_t sums = f.block == 32 ? 1 : 16; /* activation sums of a block */
-    struct tile a = {.slab_step = 8 * 64, .n_blocks = n_blocks, .k_pad = acts->k_pad,
-                     .row_blocks = acts->k_pad / (size_t)f.block, .ld = m->ld, .carry = first != 0};
+    const size_t step = sm_layout_bytes(f), sums = f.block == 32 ? 1 : 16; /* of a block */
+    struct tile a;
+    a.slab_step = f.low == 8 ? step : 8 * 64;
+    a.n_blocks = n_blocks;
+    a.k_pad = acts->k_pad;
+    a.row_blocks = acts->k_pad / (size_t)f.block;
+    a.ld = m->ld;
+    a.carry = first != 0;
     size_t row = m->first + t, at = row * a.row_blocks + first;
-    a.row_sums = a.row_blocks * sums;
     a.q = acts->q + row * a.k_pad + first * (size_t)f.block;
     a.d = acts->d + at;
     a.s = f.block == 32 ? acts->s + at : NULL;
-    a.sum = acts->sum + at * sums;
     a.out = m->out + t * m->ld + panel * ROWS;
-    for (int p = 0; p < n_p; p++) {
-        a.panel[p] = m->panels + (panel + (size_t)p) * m->panel_bytes + first * sm_layout_bytes(f);
-        a.codes[p] = (uint8_t *)m->scratch + p * (UNPACK_COLUMNS * ROWS);
-        if (f.low == 8) a.codes[p] = a.panel[p] + sm_layout_codes(f); /* need no unpacking */
-    }
-    if (f.low == 8) a.slab_step = sm_layout_bytes(f);
-    size_t n_ahead = PREFETCH_BYTES / sm_layout_bytes(f);
-    a.n_within = n_blocks > n_ahead ? n_blocks - n_ahead : 0;
+    for (int p = 0; p < n_p; p++)
+        a.panel[p] = m->panels + (panel + (size_t)p) * m->panel_bytes + first * step;
+    for (int p = 0; unpacked && p < n_p; p++) /* 8 bits need no unpacking */
+        a.codes[p] = f.low == 8 ? a.panel[p] + sm_layout_codes(f)
+                                : (uint8_t *)m->scratch + p * (TILE_COLUMNS * ROWS);
+    size_t n_left = a.row_blocks - first, n_ahead = (PREFETCH_BYTES + step - 1) / step;
+    a.n_within = n_left > n_ahead ? n_left - n_ahead : 0;
     a.to_next = (size_t)(n_p - 1) * m->panel_bytes;
+    prepare_sums(f, n_t, &a, acts->sum + at * sums, a.row_blocks * sums);
     if (f.scales == SM_SCALES_NONE)
         plain_tile(f, unpacked, n_p, n_t, &a);
-    else
+    else if (unpacked)
         scaled_tile(f, n_p, n_t, &a);
+    else
+        scaled_packed_tile(f, n_p, n_t, &a);
 }
 
-/* Two panels over unpacked codes, UNPACK_COLUMNS columns (few tokens: FEW_COLUMNS, in L1) at a
+/* Two panels over unpacked codes, TILE_COLUMNS columns (few tokens: FEW_COLUMNS, in L1) at a
  * time, in tiles of 6 (4), 2 and 1 tokens. */
 INLINE void run_pair(struct sm_layout f, const struct sm_matmul *m, size_t panel) {
     const size_t block = (size_t)f.block, all = m->acts->k_pad / block, n = m->n_tokens;
-    const size_t most = (n < MANY_TOKENS ? FEW_COLUMNS : UNPACK_COLUMNS) / block;
+    const size_t most = (n < MANY_TOKENS ? FEW_COLUMNS : TILE_COLUMNS) / block;
     for (size_t b = 0; b < all; b += most) {
         size_t n_b = SM_MIN(all - b, most), t = 0;
         for (size_t p = 0; p < 2 && f.low < 8; p++)
-            unpack(f, (uint8_t *)m->scratch + p * (UNPACK_COLUMNS * ROWS),
+            unpack(f, (uint8_t *)m->scratch + p * (TILE_COLUMNS * ROWS),
                    m->panels + (panel + p) * m->panel_bytes, b * block / SM_SLAB,
                    n_b * block / SM_SLAB);
         if (f.scales == SM_SCALES_NONE)
@@ -295,25 +389,32 @@ INLINE void run_single(struct sm_layout f, const struct sm_matmul *m) {
     }
 }
 
-/* One or two tokens straight from the packed bytes. */
+/* n_t (1 or 2) tokens straight from the packed bytes. */
 INLINE void run_packed(struct sm_layout f, int n_t, const struct sm_matmul *m) {
-    const size_t all = m->acts->k_pad / SM_SLAB, n = m->n_panels;
-    size_t p = 0;
-    for (; p + 4 <= n; p += 4) run_tile(f, false, 4, n_t, m, p, 0, 0, all);
-    for (; p + 2 <= n; p += 2) run_tile(f, false, 2, n_t, m, p, 0, 0, all);
-    if (p < n) run_tile(f, false, 1, n_t, m, p, 0, 0, all);
+    const size_t all = m->acts->k_pad / (size_t)f.block, most = TILE_COLUMNS / (size_t)f.block;
+    size_t p = 0, n = m->n_panels;
+    for (; p < n; p += n - p >= 4 ? 4 : n - p >= 2 ? 2 : 1)
+        for (size_t b = 0; b < all; b += most) {
+            size_t n_b = SM_MIN(all - b, most);
+            if (n - p >= 4)
+                run_tile(f, false, 4, n_t, m, p, 0, b, n_b);
+            else if (n - p >= 2)
+                run_tile(f, false, 2, n_t, m, p, 0, b, n_b);
+            else
+                run_tile(f, false, 1, n_t, m, p, 0, b, n_b);
+        }
 }
 
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
-    size_t p = 0, n = m->n_panels;
-    if (f.scales == SM_SCALES_NONE && m->n_tokens == 1)
+    const size_t n = m->n_panels;
+    if (m->n_tokens == 1)
         run_packed(f, 1, m);
-    else if (f.scales == SM_SCALES_NONE && m->n_tokens == 2)
+    else if (m->n_tokens == 2)
         run_packed(f, 2, m);
     else if (n == 1)
         run_single(f, m);
-    else
-        for (; p < n; p += 2) run_pair(f, m, SM_MIN(p, n - 2)); /* a rest runs over a panel again */
+    else /* a rest runs over a panel again: the same numbers in the same places */
+        for (size_t p = 0; p < n; p += 2) run_pair(f, m, SM_MIN(p, n - 2));
 }
 
 #define SM_CODES(NAME, name, ...)                              \
@@ -344,7 +445,9 @@ INLINE void float_tile(load_fn *load, size_t size, int n_p, int n_t, const struc
         for (int t = 0; t < n_t; t++) acc[p][t] = _mm512_setzero_ps();
     for (size_t c = 0; c < k_pad; c++)
         for (int p = 0; p < n_p; p++) {
-            __m512 column = load(w + p * m->panel_bytes + c * ROWS * size);
+            const uint8_t *at = w + (size_t)p * m->panel_bytes + c * ROWS * size;
+            if (n_t <= 2) _mm_prefetch(at + PREFETCH_BYTES, _MM_HINT_T0);
+            __m512 column = load(at);
             for (int t = 0; t < n_t; t++)
                 acc[p][t] = _mm512_fmadd_ps(column, _mm512_set1_ps(x[t * k_pad + c]), acc[p][t]);
         }
