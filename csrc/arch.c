@@ -9,6 +9,11 @@
 static const struct sm_arch archs[] = {
     /* Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla */
     {.name = "llama", .rope = SM_ROPE_PAIRS},
+    /* Qwen2 and 2.5 */
+    {.name = "qwen2", .rope = SM_ROPE_HALVES, .bias = SM_BIAS_QKV},
+    /* phi-1, phi-1.5, phi-2 */
+    {.name = "phi2", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU,
+     .bias = SM_BIAS_EVERYWHERE, .parallel = true},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -126,7 +131,9 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->n_head = read_int(&r, "attention.head_count", NO_DEFAULT, 1, 1024);
     h->n_head_kv = read_int(&r, "attention.head_count_kv", h->n_head, 1, h->n_head);
     h->window = read_int(&r, "attention.sliding_window", 0, 0, 1 << 24);
-    h->norm_eps = (float)read_float(&r, "attention.layer_norm_rms_epsilon", NAN, 0, 0.1);
+    h->norm_eps = (float)read_float(&r, arch->norm == SM_NORM_RMS ? "attention.layer_norm_rms_epsilon"
+                                                                  : "attention.layer_norm_epsilon",
+                                    NAN, 0, 0.1);
     h->rope_base = read_float(&r, "rope.freq_base", 10000, 1, 1e12);
     h->rope_scale = read_rope_scale(&r);
     if (r.status != SMALLM_OK) return r.status;

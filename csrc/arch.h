@@ -8,12 +8,30 @@
 #include "gguf.h"
 
 enum sm_rope_style {
-    SM_ROPE_PAIRS /* turns neighbours (x[2 i], x[2 i + 1]) */
+    SM_ROPE_PAIRS, /* turns neighbours (x[2 i], x[2 i + 1]) */
+    SM_ROPE_HALVES /* turns (x[i], x[i + n_rot / 2]) */
 };
+
+enum sm_norm_kind {
+    SM_NORM_RMS,  /* x / rms(x) * weight */
+    SM_NORM_LAYER /* (x - mean) / deviation * weight + bias */
+};
+
+enum sm_ffn_kind {
+    SM_FFN_SWIGLU, /* silu(W_gate x) * W_up x */
+    SM_FFN_GELU    /* gelu(W_up x), the tanh form */
+};
+
+/* Biases that a file must have; where it has others, they are added, too. */
+enum sm_bias_rule { SM_BIAS_FREE, SM_BIAS_QKV, SM_BIAS_EVERYWHERE };
 
 struct sm_arch {
     const char *name; /* general.architecture, and the prefix of its keys */
     enum sm_rope_style rope;
+    enum sm_norm_kind norm;
+    enum sm_ffn_kind ffn;
+    enum sm_bias_rule bias;
+    bool parallel; /* attention and feed-forward read the same norm and add to the same x */
 };
 
 struct sm_hparams {

@@ -15,7 +15,17 @@
 
 #define READ_BYTES ((size_t)1 << 20)
 
-enum need { REQUIRED, OPTIONAL };
+enum need {
+    REQUIRED,
+    OPTIONAL,
+    ABSENT /* a tensor of this name stays unbound, which refuses the load */
+};
+#define IF(condition) ((condition) ? REQUIRED : ABSENT)
+#define BIAS_IF(rule) (arch->bias >= (rule) ? REQUIRED : OPTIONAL)
+#define BIAS BIAS_IF(SM_BIAS_EVERYWHERE)
+#define BIAS_QKV BIAS_IF(SM_BIAS_QKV)
+#define GATED (arch->ffn == SM_FFN_SWIGLU)
+#define FUSED (layer->wqkv.n_rows > 0)
 
 /* One tensor to be read: into a matrix's panels, into a vector, or only judged. */
 struct job {
@@ -47,6 +57,7 @@ static int bind_tensor(struct loader *l, const char *name, enum need need, size_
                        struct job **out) {
     const char *path = sm_gguf_path(l->g);
     *out = NULL;
+    if (need == ABSENT) return SMALLM_OK;
     const struct sm_tensor_info *t = sm_gguf_find_tensor(l->g, name);
     if (t == NULL) {
         if (need == OPTIONAL) return SMALLM_OK;
@@ -102,6 +113,7 @@ static int bind_vector(struct loader *l, const char *name, enum need need, size_
 
 static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     const struct sm_hparams *h = &l->m->h;
+    const struct sm_arch *arch = l->m->arch;
     char name[64];
     int status;
 #define SM_VECTOR(field, suffix, need, length)                                       \
@@ -115,11 +127,34 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
 #include "tensors.def"
 #undef SM_VECTOR
 #undef SM_MATRIX
+    if (FUSED && ((h->n_head * h->head) % SM_PANEL_ROWS != 0 ||
+                  (h->n_head_kv * h->head) % SM_PANEL_ROWS != 0))
+        return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
+                       "%s: the tensor blk.%d.attn_qkv.weight holds %d rows of q and %d of k; allowed "
+                       "are multiples of %d", sm_gguf_path(l->g), index, h->n_head * h->head,
+                       h->n_head_kv * h->head, SM_PANEL_ROWS);
     return SMALLM_OK;
+}
+
+/* Once the panels have their places: q, k and v of a fused tensor are ranges of its panels. */
+static void split_qkv(const struct sm_hparams *h, struct sm_layer *layer) {
+    struct sm_matrix *parts[] = {&layer->wq, &layer->wk, &layer->wv};
+    float **biases[] = {&layer->bq, &layer->bk, &layer->bv};
+    size_t row = 0;
+    for (size_t i = 0; FUSED && i < SM_COUNT(parts); i++) {
+        size_t n_rows = (size_t)((i == 0 ? h->n_head : h->n_head_kv) * h->head);
+        *parts[i] = layer->wqkv;
+        parts[i]->n_rows = n_rows;
+        parts[i]->n_panels = n_rows / SM_PANEL_ROWS;
+        parts[i]->panels += row / SM_PANEL_ROWS * layer->wqkv.panel_bytes;
+        if (layer->bqkv != NULL) *biases[i] = layer->bqkv + row;
+        row += n_rows;
+    }
 }
 
 static int bind_all(struct loader *l, float **rope_factors) {
     struct sm_model *m = l->m;
+    const struct sm_arch *arch = m->arch;
     size_t n_embd = (size_t)m->h.n_embd, n_vocab = (size_t)m->h.n_vocab;
     int status;
     if (sm_gguf_find_tensor(l->g, "output.weight") != NULL) {
@@ -132,7 +167,12 @@ static int bind_all(struct loader *l, float **rope_factors) {
         status = bind_matrix(l, "token_embd.weight", REQUIRED, n_vocab, n_embd, &m->head);
     }
     if (status != SMALLM_OK) return status;
+    status = bind_vector(l, "output.bias", BIAS, n_vocab, &m->head_bias);
+    if (status != SMALLM_OK) return status;
     status = bind_vector(l, "output_norm.weight", REQUIRED, n_embd, &m->output_norm);
+    if (status != SMALLM_OK) return status;
+    status = bind_vector(l, "output_norm.bias", IF(arch->norm == SM_NORM_LAYER), n_embd,
+                         &m->output_norm_b);
     if (status != SMALLM_OK) return status;
     status = bind_vector(l, "rope_freqs.weight", OPTIONAL, (size_t)m->h.n_rot / 2, rope_factors);
     for (int i = 0; i < m->h.n_layer && status == SMALLM_OK; i++)
@@ -388,6 +428,7 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     if (status != SMALLM_OK) return status;
     status = pack_all(l, n_threads, params->memory_limit);
     if (status != SMALLM_OK) return status;
+    for (int i = 0; i < m->h.n_layer; i++) split_qkv(&m->h, &m->layers[i]);
     status = make_rope_freqs(l, rope_factors);
     if (status != SMALLM_OK) return status;
     status = copy_metadata(l);

@@ -35,7 +35,9 @@ struct sm_model {
     struct sm_tokenizer *tokenizer;
     struct sm_layer *layers;       /* [h.n_layer] */
     struct sm_matrix head;         /* logits; the embedding table too where they are tied */
+    float *head_bias;              /* [n_vocab] or NULL */
     float *output_norm;            /* [n_embd] */
+    float *output_norm_b;          /* [n_embd] or NULL */
     double *rope_freqs;            /* [n_rot / 2] radians per position */
     const struct sm_tensor_info *embeddings; /* untied: rows are read from the file; else NULL */
     struct sm_gguf *file;          /* open where `embeddings` is not NULL */

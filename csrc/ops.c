@@ -133,6 +133,16 @@ struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const floa
                               .k = k, .weight = weight, .eps = eps};
 }
 
+static void row_layer_norm(const struct sm_source *s, size_t t, float *out) {
+    s->kernels->layer_norm(out, s->x + t * s->stride, s->weight, s->bias, s->k, s->eps);
+}
+
+struct sm_source sm_source_layer_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
+                                      size_t k, const float *weight, const float *bias, float eps) {
+    return (struct sm_source){.row = row_layer_norm, .kernels = kernels, .x = x, .stride = stride,
+                              .k = k, .weight = weight, .bias = bias, .eps = eps};
+}
+
 /* ---- products -------------------------------------------------------------------------------------------- */
 
 struct project {
@@ -222,6 +232,8 @@ static void finish(const struct project *p, const struct sm_product *product, si
         float *out = product->rows != NULL ? product->rows[t] : product->out + t * product->stride;
         if (product->add)
             k->add(out + row, tile + t * ld, n_rows);
+        else if (product->gelu)
+            k->gelu(out + row, tile + t * ld, n_rows);
         else
             memcpy(out + row, tile + t * ld, n_rows * sizeof(float));
     }

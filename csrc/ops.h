@@ -25,10 +25,11 @@ struct sm_source {
     const float *x;        /* [n][stride] */
     size_t stride, k;
     const float *weight;   /* norms: [k] */
+    const float *bias;     /* layer norms: [k] */
     float eps;
 };
 
-/* Where a product goes: out_t[r] (+)= sum_k w[r][k] source_t[k] + bias[r]. */
+/* Where a product goes: out_t[r] (+)= sum_k w[r][k] source_t[k] + bias[r], or gelu of that. */
 struct sm_product {
     const struct sm_matrix *w;
     const float *bias;     /* [n_rows] or NULL */
@@ -36,6 +37,7 @@ struct sm_product {
     size_t stride;
     float *const *rows;    /* [n] pointers to [n_rows], where they do not lie in one block */
     bool add;              /* adds to what is there: the residual */
+    bool gelu;             /* not with add */
 };
 
 struct sm_ops;
@@ -56,6 +58,8 @@ void sm_ops_fail(struct sm_ops *o, int status); /* any thread */
 struct sm_source sm_source_rows(const float *x, size_t stride, size_t k);
 struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
                                     size_t k, const float *weight, float eps);
+struct sm_source sm_source_layer_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
+                                      size_t k, const float *weight, const float *bias, float eps);
 
 /* n tokens through every product. */
 void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,

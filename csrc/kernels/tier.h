@@ -21,8 +21,12 @@ void SM_NAME(sm_attend_finish)(float *out, const float *O, float L, size_t head)
 void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
                           const float *v, size_t head);
 void SM_NAME(sm_rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
+void SM_NAME(sm_layer_norm)(float *out, const float *x, const float *w, const float *b, size_t n,
+                            float eps);
 void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs);
+void SM_NAME(sm_rope_halves)(float *x, const float *cos, const float *sin, size_t n_pairs);
 void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n);
+void SM_NAME(sm_gelu)(float *out, const float *x, size_t n);
 void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n);
 void SM_NAME(sm_add)(float *out, const float *x, size_t n);
 

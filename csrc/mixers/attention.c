@@ -33,6 +33,7 @@ static void rope(const struct sm_attention *a, size_t t, float *x) {
     const float *cos = a->p->buffers->cos + t * half, *sin = a->p->buffers->sin + t * half;
     switch (m->arch->rope) {
     case SM_ROPE_PAIRS: m->kernels->rope_pairs(x, cos, sin, half); break;
+    case SM_ROPE_HALVES: m->kernels->rope_halves(x, cos, sin, half); break;
     }
 }
 

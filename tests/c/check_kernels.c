@@ -878,6 +878,21 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.rms_norm(got, got, w, n, 1e-5f);
         compare(tiers[i].name, "rms_norm in place", got, want, n);
     }
+    memset(lane, 0, sizeof lane);
+    for (size_t i = 0; i < n; i++) lane[i % 16] += x[i];
+    float mean = ref_tree16(lane) / (float)n;
+    memset(lane, 0, sizeof lane);
+    for (size_t i = 0; i < n; i++) lane[i % 16] = sm_fma(x[i] - mean, x[i] - mean, lane[i % 16]);
+    ss = ref_tree16(lane);
+    r = isfinite(ss) ? 1.0f / sqrtf(ss / (float)n + 1e-5f) : NAN;
+    for (size_t i = 0; i < n; i++) want[i] = sm_fma((x[i] - mean) * r, w[i], cos[i]);
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.layer_norm(got, x, w, cos, n, 1e-5f);
+        compare(tiers[i].name, "layer_norm", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.layer_norm(got, got, w, cos, n, 1e-5f);
+        compare(tiers[i].name, "layer_norm in place", got, want, n);
+    }
     for (size_t i = 0; i < n; i++) {
         want[2 * i] = sm_fma(x[2 * i], cos[i], -(x[2 * i + 1] * sin[i]));
         want[2 * i + 1] = sm_fma(x[2 * i], sin[i], x[2 * i + 1] * cos[i]);
@@ -886,6 +901,28 @@ static void case_vector(uint64_t seed) {
         memcpy(got, x, 2 * n * sizeof *got);
         tiers[i].k.rope_pairs(got, cos, sin, n);
         compare(tiers[i].name, "rope_pairs", got, want, 2 * n);
+    }
+    for (size_t i = 0; i < n; i++) {
+        want[i] = sm_fma(x[i], cos[i], -(x[n + i] * sin[i]));
+        want[n + i] = sm_fma(x[i], sin[i], x[n + i] * cos[i]);
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        memcpy(got, x, 2 * n * sizeof *got);
+        tiers[i].k.rope_halves(got, cos, sin, n);
+        compare(tiers[i].name, "rope_halves", got, want, 2 * n);
+    }
+    for (size_t i = 0; i < n; i++) {
+        float inner = x[i] * sm_fma(SM_GELU_B, x[i] * x[i], SM_GELU_A);
+        want[i] = x[i] / (1.0f + sm_expf(-inner));
+        double v = x[i], exact = 0.5 * v * (1 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)));
+        if (fabs(want[i] - exact) > 1e-6 * fabs(v) + 1e-37) fail("gelu", "not the tanh form");
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.gelu(got, x, n);
+        compare(tiers[i].name, "gelu", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.gelu(got, got, n);
+        compare(tiers[i].name, "gelu in place", got, want, n);
     }
     for (size_t i = 0; i < n; i++) want[i] = x[i] / (1.0f + sm_expf(-x[i])) * w[i];
     for (size_t i = 0; i < n_tiers; i++) {
@@ -1135,11 +1172,22 @@ static void run_rms_norm(const struct sm_kernels *k, void *arg) {
     struct bench_vector *b = arg;
     k->rms_norm(b->out, b->x, b->w, b->n, 1e-5f);
 }
-static void run_rope(const struct sm_kernels *k, void *arg) {
+static void run_layer_norm(const struct sm_kernels *k, void *arg) {
     struct bench_vector *b = arg;
-    static float cos[32], sin[32];
-    for (int i = 0; i < 32 && cos[i] == 0; i++) cos[i] = 0.6f, sin[i] = 0.8f; /* keep the length */
-    k->rope_pairs(b->out, cos, sin, 32);
+    k->layer_norm(b->out, b->x, b->w, b->w, b->n, 1e-5f);
+}
+static float rope_cos[32], rope_sin[32];
+static void run_rope_pairs(const struct sm_kernels *k, void *arg) {
+    struct bench_vector *b = arg;
+    k->rope_pairs(b->out, rope_cos, rope_sin, 32);
+}
+static void run_rope_halves(const struct sm_kernels *k, void *arg) {
+    struct bench_vector *b = arg;
+    k->rope_halves(b->out, rope_cos, rope_sin, 32);
+}
+static void run_gelu(const struct sm_kernels *k, void *arg) {
+    struct bench_vector *b = arg;
+    k->gelu(b->out, b->x, b->n);
 }
 static void run_swiglu(const struct sm_kernels *k, void *arg) {
     struct bench_vector *b = arg;
@@ -1184,8 +1232,12 @@ static void bench_vectors(const char *pattern) {
         free_acts(&b.acts);
     }
     bench(pattern, "rms_norm 1536", "", 0, run_rms_norm, &b);
-    bench(pattern, "rope_pairs 32 pairs", "", 0, run_rope, &b);
+    bench(pattern, "layer_norm 1536", "", 0, run_layer_norm, &b);
+    for (int i = 0; i < 32; i++) rope_cos[i] = 0.6f, rope_sin[i] = 0.8f; /* keep the length */
+    bench(pattern, "rope_pairs 32 pairs", "", 0, run_rope_pairs, &b);
+    bench(pattern, "rope_halves 32 pairs", "", 0, run_rope_halves, &b);
     bench(pattern, "swiglu 1536", "", 0, run_swiglu, &b);
+    bench(pattern, "gelu 1536", "", 0, run_gelu, &b);
     bench(pattern, "scale 1536", "", 0, run_scale, &b);
     bench(pattern, "add 1536", "", 0, run_add, &b);
     bench(pattern, "attend_fold head 64", "", 0, run_fold, &b);

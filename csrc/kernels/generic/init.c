@@ -13,8 +13,11 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
         .attend_finish = SM_NAME(sm_attend_finish),
         .kv_store = SM_NAME(sm_kv_store),
         .rms_norm = SM_NAME(sm_rms_norm),
+        .layer_norm = SM_NAME(sm_layer_norm),
         .rope_pairs = SM_NAME(sm_rope_pairs),
+        .rope_halves = SM_NAME(sm_rope_halves),
         .swiglu = SM_NAME(sm_swiglu),
+        .gelu = SM_NAME(sm_gelu),
         .scale = SM_NAME(sm_scale),
         .add = SM_NAME(sm_add),
     };

@@ -1,4 +1,4 @@
-/* Norm, rotation and SwiGLU on vectors of 8. */
+/* Norms, rotations and activations on vectors of 8. */
 #include <math.h>
 
 #include "../tier.h"
@@ -29,6 +29,35 @@ void SM_NAME(sm_rms_norm)(float *out, const float *x, const float *w, size_t n, 
         store(out, i, n, _mm256_mul_ps(_mm256_mul_ps(load(x, i, n), r), load(w, i, n)));
 }
 
+/* x[i .. i + 8) - mean, zeros from n on. */
+static inline __m256 centred(const float *x, size_t i, size_t n, __m256 mean) {
+    __m256 d = _mm256_sub_ps(load(x, i, n), mean);
+    if (i + 8 <= n) return d;
+    return i < n ? _mm256_and_ps(d, _mm256_castsi256_ps(lanes_below(n - i))) : _mm256_setzero_ps();
+}
+
+void SM_NAME(sm_layer_norm)(float *out, const float *x, const float *w, const float *b, size_t n,
+                            float eps) {
+    __m256 lo = _mm256_setzero_ps(), hi = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        lo = _mm256_add_ps(lo, load(x, i, n));
+        hi = _mm256_add_ps(hi, load(x, i + 8, n));
+    }
+    __m256 mean = _mm256_set1_ps(tree16(lo, hi) / (float)n);
+    lo = hi = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        __m256 c = centred(x, i, n, mean), d = centred(x, i + 8, n, mean);
+        lo = _mm256_fmadd_ps(c, c, lo);
+        hi = _mm256_fmadd_ps(d, d, hi);
+    }
+    float ss = tree16(lo, hi);
+    __m256 r = _mm256_set1_ps(1.0f / sqrtf(ss / (float)n + eps) + (ss - ss));
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 d = _mm256_mul_ps(centred(x, i, n, mean), r);
+        store(out, i, n, _mm256_fmadd_ps(d, load(w, i, n), load(b, i, n)));
+    }
+}
+
 void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs) {
     size_t i = 0;
     for (; i + 4 <= n_pairs; i += 4) {
@@ -48,11 +77,31 @@ void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t
     }
 }
 
+void SM_NAME(sm_rope_halves)(float *x, const float *cos, const float *sin, size_t n_pairs) {
+    for (size_t i = 0; i < n_pairs; i += 8) {
+        __m256 c = load(cos, i, n_pairs), s = load(sin, i, n_pairs);
+        __m256 x0 = load(x, i, n_pairs), x1 = load(x + n_pairs, i, n_pairs);
+        store(x, i, n_pairs, _mm256_fmsub_ps(x0, c, _mm256_mul_ps(x1, s)));
+        store(x + n_pairs, i, n_pairs, _mm256_fmadd_ps(x0, s, _mm256_mul_ps(x1, c)));
+    }
+}
+
 void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n) {
     const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
     for (size_t i = 0; i < n; i += 8) {
         __m256 g = load(gate, i, n);
         __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, expf8(_mm256_xor_ps(g, sign))));
         store(out, i, n, _mm256_mul_ps(silu, load(up, i, n)));
+    }
+}
+
+void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 v = load(x, i, n);
+        __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(SM_GELU_B), _mm256_mul_ps(v, v),
+                                   _mm256_set1_ps(SM_GELU_A));
+        u = _mm256_xor_ps(_mm256_mul_ps(v, u), sign);
+        store(out, i, n, _mm256_div_ps(v, _mm256_add_ps(one, expf8(u))));
     }
 }

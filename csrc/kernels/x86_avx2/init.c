@@ -8,7 +8,10 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->attend = SM_NAME(sm_attend);
     k->kv_store = SM_NAME(sm_kv_store);
     k->rms_norm = SM_NAME(sm_rms_norm);
+    k->layer_norm = SM_NAME(sm_layer_norm);
     k->rope_pairs = SM_NAME(sm_rope_pairs);
+    k->rope_halves = SM_NAME(sm_rope_halves);
     k->swiglu = SM_NAME(sm_swiglu);
+    k->gelu = SM_NAME(sm_gelu);
     SM_NAME(sm_init_matmul)(k);
 }

@@ -1,4 +1,5 @@
-/* SwiGLU on vectors of 16, the last one masked.  Norms and rotations gain nothing over AVX2. */
+/* SwiGLU and GELU on vectors of 16, the last one masked.  Norms and rotations gain nothing over
+ * AVX2. */
 #include "../tier.h"
 #include "expf.h"
 
@@ -15,5 +16,17 @@ void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n
         __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, expf16(_mm512_xor_ps(g, sign))));
         _mm512_mask_storeu_ps(out + i, mask,
                               _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i)));
+    }
+}
+
+void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
+    const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(i, n);
+        __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+        __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(SM_GELU_B), _mm512_mul_ps(v, v),
+                                   _mm512_set1_ps(SM_GELU_A));
+        u = _mm512_xor_ps(_mm512_mul_ps(v, u), sign);
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_div_ps(v, _mm512_add_ps(one, expf16(u))));
     }
 }
