@@ -1,10 +1,11 @@
 """Decode speed beside other busy processes, and what a loaded model costs while it does nothing.
 
-    python benchmarks/busy.py --peer-python ENV/bin/python
+    python benchmarks/busy.py --peer llama-cpp-python=ENV/bin/python
 
 As many busy processes as the machine lets this one use cores.  Quiet and busy runs alternate.
-The row "reading" is the same for a program that only reads a buffer of the model's size, a thread on
-each core, none ever waiting for another: what the scheduler's share and the memory leave to anybody.
+The row "reading" is the same for a program that only reads a buffer of the model's size, a thread
+on each core, none ever waiting for another: what the scheduler's share and the memory leave to
+anybody.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common import (
     Engine,
     EngineError,
     Probes,
+    add_model,
     alternate,
     arguments,
     engines,
@@ -63,6 +65,7 @@ def busy(n: int) -> Iterator[None]:
 
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0])
+    add_model(parser)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     path = model_path(options.model)
@@ -93,9 +96,9 @@ def main() -> None:
 
             def rate(way: str, i: int, engine: Engine = engine, ids: list[int] = ids) -> float:
                 if way == "quiet":
-                    return 1 / engine.ask("decode", ids, N_DECODE)
+                    return 1 / engine.ask("run", ids, N_DECODE)[1]
                 with busy(n_busy):
-                    return 1 / engine.ask("decode", ids, N_DECODE)
+                    return 1 / engine.ask("run", ids, N_DECODE)[1]
 
             try:
                 engine.ask("load", path, options.threads, 1024, False)

@@ -1,6 +1,6 @@
-"""Cold start: import, load, first token; and peak memory, beside llama-cpp-python.
+"""Cold start: import, load, first token; and peak memory, beside other engines.
 
-    python benchmarks/cold.py --peer-python ENV/bin/python
+    python benchmarks/cold.py --peer llama-cpp-python=ENV/bin/python
 
 Every measurement is a new process.  Times are taken inside it, from just before the import;
 the file is in the page cache.  Run it from a plain virtual environment.
@@ -15,8 +15,8 @@ import tempfile
 from typing import Any
 
 from common import (
-    PEER,
     EngineError,
+    add_model,
     alternate,
     arguments,
     engines,
@@ -39,6 +39,12 @@ peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith
 print(json.dumps([seconds, peak / 1024]))
 """
 
+MODULES = {
+    "smallm": "smallm",
+    "llama-cpp-python": "llama_cpp",
+    "ik-llama-cpp-python": "ik_llama_cpp",
+    "openvino-genai": "openvino_genai",
+}
 FIRST_TOKEN = {
     "smallm": """
 import sys, time
@@ -48,7 +54,7 @@ model = smallm.load(sys.argv[1], threads=int(sys.argv[2]))
 model.generate("The capital of France is", max_tokens=1, temperature=0)
 """
     + PEAK,
-    PEER: """
+    "llama-cpp-python": """
 import sys, time
 start = time.perf_counter()
 import llama_cpp
@@ -56,6 +62,22 @@ n = int(sys.argv[2])
 model = llama_cpp.Llama(sys.argv[1], n_threads=n, n_threads_batch=n, flash_attn=True,
                         verbose=False)
 model.create_completion("The capital of France is", max_tokens=1, temperature=0)
+"""
+    + PEAK,
+    "ik-llama-cpp-python": """
+import sys, time
+start = time.perf_counter()
+import ik_llama_cpp
+model = ik_llama_cpp.IkLlama(sys.argv[1], n_threads=int(sys.argv[2]), n_ctx=512, verbose=False)
+model.generate(model.tokenize("The capital of France is"), max_tokens=1, temperature=0)
+"""
+    + PEAK,
+    "openvino-genai": """
+import sys, time
+start = time.perf_counter()
+import openvino_genai
+model = openvino_genai.LLMPipeline(sys.argv[1], "CPU", INFERENCE_NUM_THREADS=int(sys.argv[2]))
+model.generate("The capital of France is", max_new_tokens=1)
 """
     + PEAK,
 }
@@ -73,15 +95,15 @@ def run(python: str, code: str, *argv: str) -> str:
 
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0])
+    add_model(parser)
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     path = model_path(options.model)
     pythons = engines(options)
-    modules = {"smallm": "smallm", PEER: "llama_cpp"}
     results: dict[str, Any] = {"machine": machine(), "model": path, "threads": options.threads}
 
     def import_time(name: str, i: int) -> float:
-        return 1000 * float(run(pythons[name], IMPORT.format(module=modules[name])))
+        return 1000 * float(run(pythons[name], IMPORT.format(module=MODULES[name])))
 
     peaks: dict[str, list[float]] = {name: [] for name in pythons}
 
@@ -106,10 +128,10 @@ def main() -> None:
         ("first_token_s", "import, load, first token (s)"),
         ("peak_mb", "peak memory (MB)"),
     ):
-        ours, theirs = results[key]["smallm"], results[key].get(PEER, [])
-        quotient = spread(ratios(ours, theirs))
-        rows.append([label, show(ours, 3), show(theirs, 3), quotient])
-    print(table(["", "smallm", PEER, "smallm / peer"], rows))
+        for name, values in results[key].items():
+            quotient = "" if name == "smallm" else spread(ratios(results[key]["smallm"], values))
+            rows.append([label, name, show(values, 3), quotient])
+    print(table(["", "engine", "median", "smallm / it"], rows))
     write_json(options.json, results)
     if not results["first_token_s"]["smallm"]:
         sys.exit(1)

@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
-PEER = "llama-cpp-python"
+PEERS = ("llama-cpp-python", "ik-llama-cpp-python", "openvino-genai")  # that worker.py knows
 
 
 class EngineError(RuntimeError):
@@ -25,9 +27,12 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """An engine in a child process: a crash is an EngineError here."""
+    """An engine in a child process, with `environment` added to this one's: a crash is an
+    EngineError here."""
 
-    def __init__(self, name: str, python: str) -> None:
+    def __init__(
+        self, name: str, python: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
@@ -36,6 +41,7 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
 
     def ask(self, do: str, *arguments: Any) -> Any:
@@ -72,16 +78,34 @@ class Engine:
         self.log.close()
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def peer(text: str) -> tuple[str, str]:
+    """ "NAME=PYTHON" of the option --peer."""
+    name, _, python = text.partition("=")
+    if name not in PEERS or not python:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PYTHON, NAME of {PEERS}")
+    return name, python
+
+
+def arguments(description: str, peers: bool = True) -> argparse.ArgumentParser:
     """The options every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", help="GGUF file (default: smallm's default model)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--peer-python", help=f"interpreter of an environment that holds {PEER} (default: no peer)"
-    )
+    if peers:
+        parser.add_argument(
+            "--peer",
+            type=peer,
+            action="append",
+            default=[],
+            metavar="NAME=PYTHON",
+            help="another engine and the interpreter of an environment that holds it; "
+            f"may be repeated; NAME: {', '.join(PEERS)}",
+        )
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="GGUF file (default: smallm's default model)")
 
 
 def model_path(given: str | None) -> str:
@@ -95,27 +119,29 @@ def model_path(given: str | None) -> str:
 
 def engines(options: argparse.Namespace) -> dict[str, str]:
     """Names of the engines to run -> their interpreters."""
-    named = {"smallm": sys.executable}
-    if options.peer_python:
-        named[PEER] = options.peer_python
-    return named
+    return {"smallm": sys.executable, **dict(options.peer)}
 
 
 def prompt(n: int, seed: int, n_vocab: int = 40000) -> list[int]:
     """n token ids that every engine gets alike; another seed is another prompt from its start on,
-    so that no engine can answer from a cache of an earlier one."""
+    so that no engine can answer from a cache of an earlier one.  A vocabulary's first and last
+    ids are left out: there are its control tokens."""
     source = random.Random(seed)
-    return [source.randrange(1000, n_vocab) for _ in range(n)]
+    edge = n_vocab // 40
+    return [source.randrange(edge, n_vocab - edge) for _ in range(n)]
 
 
 def alternate(
-    names: Sequence[str], repeats: int, measure: Callable[[str, int], float]
-) -> dict[str, list[float]]:
+    names: Sequence[str],
+    repeats: int,
+    measure: Callable[[str, int], T],
+    warm_up: bool = True,
+) -> dict[str, list[T]]:
     """measure(name, round) for a, b, a, b, ...; a name whose measurement fails drops out with a
-    line on stderr.  The first round warms up and is not kept."""
-    results: dict[str, list[float]] = {name: [] for name in names}
+    line on stderr.  A first round, 0, warms up and is not kept."""
+    results: dict[str, list[T]] = {name: [] for name in names}
     running = list(names)
-    for i in range(repeats + 1):
+    for i in range(0 if warm_up else 1, repeats + 1):
         for name in list(running):
             try:
                 value = measure(name, i)

@@ -1,6 +1,6 @@
 """How far quantized arithmetic moves the answers from the same weights in float32.
 
-    python benchmarks/quality.py --peer-python ENV/bin/python
+    python benchmarks/quality.py --peer llama-cpp-python=ENV/bin/python
 
 Mean Kullback-Leibler divergence of each engine's next-token distribution from that of an
 independent float32 forward pass over the dequantized weights (tests/reference.py), on the first
@@ -23,6 +23,7 @@ from common import (
     HERE,
     Engine,
     EngineError,
+    add_model,
     arguments,
     engines,
     machine,
@@ -88,6 +89,7 @@ def compare(reference: np.ndarray, logits: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0])
+    add_model(parser)
     parser.add_argument("--text", type=Path, help="another text (UTF-8)")
     parser.add_argument("--tokens", type=int, default=N_TOKENS)
     options = parser.parse_args()

@@ -1,0 +1,95 @@
+"""Every weight format's share of the machine's limits, on the best tier and on AVX2 alone.
+
+    python benchmarks/formats.py
+
+For each format a file of random weights is written (scripts/random_model.py: by default two layers
+of a 1B model, a small vocabulary), timed as in peers.py, and removed.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import limits
+from common import HERE, Engine, Probes, arguments, machine, show, table, write_json
+from peers import LIMIT, N_DECODE, N_PREFILL, judge, measure_speed, percent
+
+sys.path.insert(0, str(HERE.parent / "scripts"))
+import random_model
+
+INTEGER = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+TYPES = [*INTEGER, "f16", "bf16", "f32"]
+
+
+def main() -> None:
+    parser = arguments(__doc__.partition("\n")[0], peers=False)
+    parser.add_argument("--types", nargs="+", choices=random_model.TYPES, default=TYPES)
+    parser.add_argument("--shape", choices=random_model.SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    shape = random_model.SHAPES[options.shape]
+    shape = replace(shape, n_layer=options.layers, n_vocab=options.vocab)
+    results: dict[str, Any] = {"machine": machine(), "threads": options.threads, "formats": {}}
+    probes = Probes()
+    faults = []
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.gguf"
+        for type_name in options.types:
+            random_model.write(path, shape, type_name, options.shape)
+            work = limits.read(str(path))
+            found = measure_format(str(path), work, probes, options)
+            results["formats"][type_name] = found
+            faults += [f"{type_name}: {fault}" for fault in judge(found["speed"], work, options)]
+            rows += format_rows(type_name, work, found)
+            print(f"{type_name}: done", file=sys.stderr)
+    print(
+        f"{results['machine']['cpu']}, {options.threads} threads; {options.layers} layers of "
+        f"{options.shape}, {options.vocab} tokens; prefill of {N_PREFILL}, decode of {N_DECODE}"
+    )
+    head = ["", "tier", "MB/token", "prefill", "of the limit", "decode", "of the limit"]
+    print(table(head, rows))
+    for fault in faults:
+        print(f"DISCARD THIS RUN: {fault}")
+    results["discard"] = faults
+    write_json(options.json, results)
+    sys.exit(1 if faults else 0)
+
+
+def measure_format(path: str, work: limits.Work, probes: Probes, options: Any) -> dict[str, Any]:
+    """{"tiers": {engine: tier}, "speed": of peers.measure_speed()}; the engines: smallm as it is,
+    and as it would be on a CPU with AVX2 alone."""
+    with ExitStack() as stack:
+        running = {
+            "smallm": stack.enter_context(Engine("smallm", sys.executable)),
+            "avx2": stack.enter_context(Engine("smallm", sys.executable, {"SMALLM_ISA": "avx2"})),
+        }
+        tiers = {
+            name: engine.ask("load", path, options.threads, 1024, False)["isa"]
+            for name, engine in running.items()
+        }
+        speed = measure_speed(running, tiers, work, probes, N_PREFILL, options)
+    return {"work": vars(work), "tiers": tiers, "speed": speed}
+
+
+def format_rows(type_name: str, work: limits.Work, found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, tier in found["tiers"].items():
+        cells = [type_name, tier, f"{work.weight_bytes / 1e6:.1f}"]
+        for key in ("prefill", "decode"):
+            rates = found["speed"][key]
+            limit = rates.get(LIMIT if name == "smallm" else f"{LIMIT} of {name}", [])
+            cells += [show(rates[name]), percent(rates[name], limit)]
+        rows.append(cells)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
