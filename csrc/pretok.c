@@ -263,6 +263,7 @@ static size_t match_asian(const uint8_t *s, size_t i, size_t n) {
 /* falcon's tokenizer takes digits apart only after it has written bytes as characters. */
 static const struct sm_pretok rows[] = {
     {"gpt-2", false, false, {match_gpt2}},
+    {"phi-2", false, false, {match_gpt2}},
     {"gpt-neox", false, false, {match_gpt2}},
     {"mpt", false, false, {match_gpt2}},
     {"smollm", false, false, {match_digit, match_gpt2}},

@@ -65,7 +65,7 @@ def digits() -> Any:
 
 def pre_tokenizer(name: str) -> Any:
     """What the family's tokenizer.json has; `default` has no family and is llama.cpp's."""
-    if name in ("gpt-2", "gpt-neox", "mpt"):
+    if name in ("gpt-2", "phi-2", "gpt-neox", "mpt"):
         steps = [byte_level(regex=True)]
     elif name in ("smollm", "starcoder", "refact", "command-r"):
         steps = [digits(), byte_level(regex=True)]
@@ -101,7 +101,7 @@ def pre_tokenizer(name: str) -> Any:
 
 PRE_TOKENIZERS = (
     *("gpt-2", "default", "smollm", "llama-bpe", "qwen2", "starcoder", "deepseek-llm"),
-    *("deepseek-coder", "falcon", "mpt", "refact", "command-r", "gpt-neox"),
+    *("deepseek-coder", "falcon", "mpt", "refact", "command-r", "gpt-neox", "phi-2"),
 )
 
 
