@@ -30,6 +30,8 @@ static uint32_t detect(void) {
         if (bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31)) {
             features |= SM_CPU_AVX512;
             if (bit(c, 11)) features |= SM_CPU_AVX512_VNNI;
+            bool tiles = bit(d, 24) && bit(d, 25) && (saved & 0x60000) == 0x60000;
+            if (tiles && sm_os_allow_amx()) features |= SM_CPU_AMX;
         }
     }
     return features;

@@ -58,6 +58,8 @@ void sm_gate_wake_all(struct sm_gate *g);            /* after value changed */
 uint64_t sm_clock_ns(void); /* monotonic */
 int64_t sm_process_id(void); /* cheap enough for every API call; changes in a child of fork() */
 void sm_cpu_relax_os(void); /* yields the processor to another runnable thread */
+/* Asks the system to let this process use AMX's tile registers; false: it has none, or refuses. */
+bool sm_os_allow_amx(void);
 uint64_t sm_memory_total(void); /* bytes, the container's limit where there is one; 0: unknown */
 
 /* Processors this process may run on: n_logical by affinity mask; n_physical of them (one per

@@ -304,6 +304,14 @@ uint64_t sm_clock_ns(void) {
 int64_t sm_process_id(void) { return (int64_t)getpid(); }
 void sm_cpu_relax_os(void) { sched_yield(); }
 
+bool sm_os_allow_amx(void) {
+#if defined(__linux__) && defined(__x86_64__)
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+#else
+    return false;
+#endif
+}
+
 const char *sm_env(const char *name) {
     const char *value = getenv(name);
     return value && *value ? value : NULL;

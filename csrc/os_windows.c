@@ -237,6 +237,7 @@ uint64_t sm_clock_ns(void) {
 
 int64_t sm_process_id(void) { return (int64_t)GetCurrentProcessId(); }
 void sm_cpu_relax_os(void) { SwitchToThread(); }
+bool sm_os_allow_amx(void) { return false; }
 
 const char *sm_env(const char *name) {
     const char *value = getenv(name);

@@ -28,6 +28,7 @@ X86 = [
     ("generic_fma", "generic", AVX2),
     ("avx2", "x86_avx2", AVX2),
     ("avx512vnni", "x86_avx512vnni", AVX512),
+    ("amx", "x86_amx", [*AVX512, "-mamx-tile", "-mamx-int8"]),
 ]
 
 

@@ -9,6 +9,7 @@
 
 #include "../panels.h"
 #include "../tier.h"
+#include "matmul.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS SM_PANEL_ROWS
@@ -418,7 +419,7 @@ INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
 }
 
 #define SM_CODES(NAME, name, ...)                              \
-    static void matmul_##name(const struct sm_matmul *m) {     \
+    void sm_matmul_##name##__avx512vnni(const struct sm_matmul *m) {     \
         integers(SM_LAYOUT(__VA_ARGS__), m);                   \
     }
 #include "../../quants/codes.def"
@@ -485,7 +486,7 @@ void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
     k->matmul[SM_TYPE_F32] = matmul_f32;
     k->matmul[SM_TYPE_F16] = matmul_f16;
     k->matmul[SM_TYPE_BF16] = matmul_bf16;
-#define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = matmul_##name;
+#define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = sm_matmul_##name##__avx512vnni;
 #include "../../quants/codes.def"
 #undef SM_CODES
 }
