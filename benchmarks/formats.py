@@ -47,7 +47,8 @@ def main() -> None:
             work = limits.read(str(path))
             found = measure_format(str(path), work, probes, options)
             results["formats"][type_name] = found
-            faults += [f"{type_name}: {fault}" for fault in judge(found["speed"], work, options)]
+            found_faults = judge(found["speed"], found["tiers"]["smallm"], work, options)
+            faults += [f"{type_name}: {fault}" for fault in found_faults]
             rows += format_rows(type_name, work, found)
             print(f"{type_name}: done", file=sys.stderr)
     print(

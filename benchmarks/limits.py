@@ -22,7 +22,7 @@ import gguf
 from common import Probes
 
 FLOATS = ("F32", "F16", "BF16")
-TIERS = ("avx2", "avxvnni", "avx512vnni")  # those that probes.c knows
+TIERS = ("avx2", "avxvnni", "avx512vnni", "amx")  # those that probes.c knows
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
  *     probes int8 TIER THREADS SECONDS     G int8 multiplications + additions a second
  *     probes f32 TIER THREADS SECONDS      GFLOP/s of float32 multiply-adds
  *
- * TIER: avx2, avxvnni or avx512vnni.  Every loop works in registers (read: does nothing else); the
+ * TIER: avx2, avxvnni, avx512vnni or amx.  Every loop works in registers (read: does nothing else); the
  * figure is the sum over threads that begin together, each on a core of its own where the system
  * can say so (Linux).  `read` tries each pattern of loads for an equal part of SECONDS and prints
  * the best.
@@ -22,6 +22,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define MAX_THREADS 256
@@ -127,6 +131,40 @@ PROBE(f32_avx2, "avx2,fma", __m256, _mm256_setzero_ps(), _mm256_set1_ps(0.5f), 8
       _mm256_fmadd_ps(x, y, acc[c]))
 PROBE(f32_avx512vnni, "avx512f", __m512, _mm512_setzero_ps(), _mm512_set1_ps(0.5f), 16,
       _mm512_fmadd_ps(x, y, acc[c]))
+
+/* Four products of two tiles of 16 x 64 with two of 64 x 16. */
+__attribute__((target("amx-tile,amx-int8"))) static double int8_amx(const struct task *t) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shapes.row_bytes[i] = 64;
+        shapes.rows[i] = 16;
+    }
+    _tile_loadconfig(&shapes);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    double start = now(), end, n = 0;
+    do {
+        for (int i = 0; i < ROUNDS / 10; i++) {
+            _tile_dpbusd(0, 4, 6);
+            _tile_dpbusd(1, 4, 7);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+        }
+        n += 2.0 * (ROUNDS / 10) * 4 * (16 * 16 * 64);
+    } while ((end = now()) < start + t->seconds);
+    _tile_release();
+    return n / (end - start);
+}
 #endif
 
 static const struct {
@@ -137,9 +175,11 @@ static const struct {
     {"int8", "avx2", int8_avx2},
     {"int8", "avxvnni", int8_avxvnni},
     {"int8", "avx512vnni", int8_avx512vnni},
+    {"int8", "amx", int8_amx},
     {"f32", "avx2", f32_avx2},
     {"f32", "avxvnni", f32_avx2},
     {"f32", "avx512vnni", f32_avx512vnni},
+    {"f32", "amx", f32_avx512vnni},
 #endif
 };
 
@@ -233,6 +273,10 @@ int main(int argc, char **argv) {
         printf("%.3f\n", 1e-9 * probe_read(strtoull(tier, NULL, 10), n_threads, seconds));
         return 0;
     }
+#if defined(__linux__) && defined(__x86_64__)
+    /* Linux lets a process use tile registers (state 18) only when it has asked to. */
+    if (strcmp(tier, "amx") == 0) syscall(SYS_arch_prctl, 0x1023, 18);
+#endif
     for (size_t i = 0; i < sizeof probes / sizeof probes[0]; i++) {
         if (strcmp(what, probes[i].what) != 0 || strcmp(tier, probes[i].tier) != 0) continue;
         struct task tasks[MAX_THREADS];
