@@ -6,9 +6,9 @@
  * the sign trick: |w| as the unsigned operand, the activation with w's sign; 2 * 128 * 127 still
  * fits.
  *
- * One token of a 4- or 8-bit format without integer scales runs four halves wide on the packed
- * bytes.  All else unpacks a panel into scratch, COLUMNS columns (32 KB) at a time, and uses it for
- * all tokens in tiles of one half x 4, 2 or 1; longer rows carry their sums in `out`. */
+ * One token runs four halves wide on the packed bytes.  More unpack a panel into scratch, COLUMNS
+ * columns (32 KB) at a time, and use it for all of them in tiles of one half x 4, 2 or 1; longer rows
+ * carry their sums in `out`. */
 #include <immintrin.h>
 
 #include "../panels.h"
@@ -20,6 +20,7 @@
 #define TILE_TOKENS 4
 #define MAX_HALVES 4
 #define COLUMNS 2048
+#define PREFETCH_BYTES 2048 /* ahead of a stream of packed panels */
 
 /* ---- codes ------------------------------------------------------------------------------------------------- */
 
@@ -48,13 +49,20 @@ INLINE void load_slab(struct sm_layout f, const uint8_t *slab, __m256i group[8])
     }
 }
 
-/* Codes of n_slabs slabs of one panel, beginning with slab `first`: codes [n_slabs][8][64]. */
+/* Prefetches what follows PREFETCH_BYTES after p, n bytes of it. */
+INLINE void prefetch(const uint8_t *p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)p + PREFETCH_BYTES + i, _MM_HINT_T0);
+}
+
+/* Codes of n_slabs slabs of one panel, beginning with slab `first`: codes [n_slabs][8][64].  The
+ * panel that follows in memory is the next to be unpacked. */
 INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, size_t first,
                    size_t n_slabs) {
     const size_t per_block = (size_t)(f.block / SM_SLAB);
     for (size_t i = first; i < first + n_slabs; i++, codes += 8 * SM_GROUP_BYTES) {
         const uint8_t *slab = panel + i / per_block * sm_layout_bytes(f) + sm_layout_codes(f) +
                               i % per_block * sm_layout_slab(f);
+        prefetch(slab, sm_layout_bytes(f) / per_block);
         for (int half = 0; half < 64; half += 32) {
             __m256i group[8];
             load_slab(f, slab + half, group);
@@ -268,42 +276,98 @@ INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t pane
     }
 }
 
+/* sum of code * q over groups first .. first + n_groups - 1 of a slab, widened by `factor`. */
+INLINE __m256i sum_groups(struct sm_layout f, const __m256i w[8], const int8_t *q, int first,
+                          int n_groups, __m256i factor) {
+    const int steps = SM_MIN(steps_of(f), n_groups);
+    __m256i isum = _mm256_setzero_si256(), pairs = isum;
+#pragma GCC unroll 8
+    for (int g = first; g < first + n_groups; g++) {
+        __m256i p = pairs_of(f, w[g], broadcast4(q + 4 * g));
+        pairs = (g - first) % steps == 0 ? p : _mm256_add_epi16(pairs, p);
+        if ((g - first + 1) % steps == 0)
+            isum = _mm256_add_epi32(isum, _mm256_madd_epi16(pairs, factor));
+    }
+    return isum;
+}
+
+/* One block of a format of one scale, packed, against half `side` of a panel. */
+INLINE __m256 plain_block(struct sm_layout f, const struct sm_acts *a, size_t at, const uint8_t *block,
+                          int side, const int8_t *q, __m256 acc) {
+    __m256i w[8];
+    load_slab(f, block + sm_layout_codes(f) + 32 * side, w);
+    __m256i isum = sum_groups(f, w, q, 0, 8, _mm256_set1_epi16(1));
+    if (f.low < 8 && f.bias != 0)
+        isum = _mm256_sub_epi32(isum, _mm256_set1_epi32(f.bias * a->sum[at]));
+    __m256 scale = _mm256_mul_ps(load_f16(block + 2 * HALF * side), _mm256_set1_ps(a->d[at]));
+    acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), scale, acc);
+    if (!f.mins) return acc;
+    return _mm256_fmadd_ps(load_f16(block + 2 * ROWS + 2 * HALF * side), _mm256_set1_ps(a->s[at]), acc);
+}
+
+/* The same for formats with integer scales. */
+INLINE __m256 scaled_block(struct sm_layout f, const struct sm_acts *a, size_t at, const uint8_t *block,
+                           int side, const int8_t *q, __m256 acc) {
+    const int slab_subs = SM_SLAB / f.sub, n_slabs = f.block / SM_SLAB;
+    const int32_t *sum = a->sum + 16 * at;
+    const __m256 d = _mm256_set1_ps(a->d[at]);
+    const __m256 scale = _mm256_mul_ps(load_f16(block + 2 * HALF * side), d);
+    __m256i isum = _mm256_setzero_si256();
+#pragma GCC unroll 1
+    for (int i = 0; i < n_slabs; i++) {
+        __m256i w[8], before = _mm256_setzero_si256();
+        load_slab(f, block + sm_layout_codes(f) + (size_t)i * sm_layout_slab(f) + 32 * side, w);
+#pragma GCC unroll 2
+        for (int s = 0; s < slab_subs; s++) {
+            __m256i factor = load_scales(f, block, side, i * slab_subs + s);
+            isum = _mm256_add_epi32(isum, sum_groups(f, w, q + SM_SLAB * i, s * (f.sub / 4), f.sub / 4,
+                                                     pair_up(factor, factor)));
+            if (f.bias != 0 && s == 1) { /* biased formats have sub == 16 */
+                __m256i sums = sum_pair(sum, 2 * i);
+                __m256i off = _mm256_madd_epi16(pair_up(before, factor), sums);
+                isum = _mm256_sub_epi32(isum, _mm256_slli_epi32(off, __builtin_ctz(f.bias)));
+            }
+            before = factor;
+        }
+        if ((i + 1) * SM_SLAB % f.group != 0) continue;
+        acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), scale, acc);
+        isum = _mm256_setzero_si256();
+    }
+    if (!f.mins) return acc;
+    __m256i msum = _mm256_setzero_si256();
+    for (int i = 0; i < 16; i += 2) {
+        __m256i two = pair_up(load_mins(f, block, side, i * 16 / f.sub),
+                              load_mins(f, block, side, (i + 1) * 16 / f.sub));
+        msum = _mm256_add_epi32(msum, _mm256_madd_epi16(two, sum_pair(sum, i)));
+    }
+    __m256 dmin = _mm256_mul_ps(load_f16(block + 2 * ROWS + 2 * HALF * side), d);
+    return _mm256_fnmadd_ps(_mm256_cvtepi32_ps(msum), dmin, acc);
+}
+
 /* One token against four halves from half `half` on, packed: several memory streams in flight. */
 INLINE void run_one(struct sm_layout f, const struct sm_matmul *m, size_t half) {
     const struct sm_acts *a = m->acts;
-    const size_t n_blocks = a->k_pad / SM_SLAB, at = m->first * n_blocks;
-    const __m256i ones = _mm256_set1_epi16(1);
+    const size_t n_blocks = a->k_pad / (size_t)f.block, at = m->first * n_blocks;
+    const size_t step = sm_layout_bytes(f), n_ahead = (PREFETCH_BYTES + step - 1) / step;
     __m256 acc[MAX_HALVES];
     for (int h = 0; h < MAX_HALVES; h++) acc[h] = _mm256_setzero_ps();
     for (size_t b = 0; b < n_blocks; b++) {
-        const int8_t *q = a->q + m->first * a->k_pad + SM_SLAB * b;
+        const int8_t *q = a->q + m->first * a->k_pad + (size_t)f.block * b;
         for (int h = 0; h < MAX_HALVES; h++) {
-            const uint8_t *block = m->panels + (half + h) / 2 * m->panel_bytes + b * sm_layout_bytes(f);
-            const int side = (int)((half + h) % 2);
-            __m256i w[8], isum = _mm256_setzero_si256(), pairs = _mm256_setzero_si256();
-            load_slab(f, block + sm_layout_codes(f) + 32 * side, w);
-#pragma GCC unroll 8
-            for (int g = 0; g < 8; g++) {
-                __m256i p = pairs_of(f, w[g], broadcast4(q + 4 * g));
-                if (f.low == 8) isum = _mm256_add_epi32(isum, _mm256_madd_epi16(p, ones));
-                else pairs = _mm256_add_epi16(pairs, p);
-            }
-            if (f.low < 8) isum = _mm256_madd_epi16(pairs, ones);
-            if (f.low < 8 && f.bias != 0)
-                isum = _mm256_sub_epi32(isum, _mm256_set1_epi32(f.bias * a->sum[at + b]));
-            __m256 scale = _mm256_mul_ps(load_f16(block + 2 * HALF * side), _mm256_set1_ps(a->d[at + b]));
-            acc[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), scale, acc[h]);
-            if (f.mins)
-                acc[h] = _mm256_fmadd_ps(load_f16(block + 2 * ROWS + 2 * HALF * side),
-                                         _mm256_set1_ps(a->s[at + b]), acc[h]);
+            const uint8_t *block = m->panels + (half + (size_t)h) / 2 * m->panel_bytes + b * step;
+            const int side = (int)((half + (size_t)h) % 2);
+            /* Two panels on, where this one ends: this stream's next. */
+            if (h % 2 == 0) prefetch(block + (b + n_ahead < n_blocks ? 0 : m->panel_bytes), step);
+            acc[h] = f.scales == SM_SCALES_NONE ? plain_block(f, a, at + b, block, side, q, acc[h])
+                                                : scaled_block(f, a, at + b, block, side, q, acc[h]);
         }
     }
-    for (int h = 0; h < MAX_HALVES; h++) _mm256_storeu_ps(m->out + (half + h) * HALF, acc[h]);
+    for (int h = 0; h < MAX_HALVES; h++)
+        _mm256_storeu_ps(m->out + (half + (size_t)h) * HALF, acc[h]);
 }
 
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
-    const bool packed = f.scales == SM_SCALES_NONE && f.high == 0;
-    if (packed && m->n_tokens == 1 && m->n_panels >= 2) {
+    if (m->n_tokens == 1 && m->n_panels >= 2) {
         size_t h = 0, n = 2 * m->n_panels;
         for (; h + MAX_HALVES <= n; h += MAX_HALVES) run_one(f, m, h);
         /* A rest runs over some halves again: the same numbers in the same places. */
@@ -341,7 +405,9 @@ INLINE void float_tile(load_fn *load, size_t size, int n_p, int n_t, const struc
         for (int t = 0; t < n_t; t++) acc[h][t] = _mm256_setzero_ps();
     for (size_t c = 0; c < k_pad; c++)
         for (int h = 0; h < 2 * n_p; h++) {
-            __m256 column = load(w + h / 2 * m->panel_bytes + (c * ROWS + h % 2 * HALF) * size);
+            const uint8_t *at = w + h / 2 * m->panel_bytes + (c * ROWS + h % 2 * HALF) * size;
+            if (n_t == 1 && h % 2 == 0 && c * size % 4 == 0) prefetch(at, 1); /* a line each */
+            __m256 column = load(at);
             for (int t = 0; t < n_t; t++)
                 acc[h][t] = _mm256_fmadd_ps(column, _mm256_set1_ps(x[t * k_pad + c]), acc[h][t]);
         }
