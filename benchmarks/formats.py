@@ -1,4 +1,4 @@
-"""Every weight format's share of the machine's limits, on the best tier and on AVX2 alone.
+"""Every weight format's share of the machine's limits, on the best tier and on lesser ones.
 
     python benchmarks/formats.py
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import limits
-from common import HERE, Engine, Probes, arguments, machine, show, table, write_json
+from common import HERE, Engine, EngineError, Probes, arguments, machine, show, table, write_json
 from peers import LIMIT, N_DECODE, N_PREFILL, judge, measure_speed, percent
 
 sys.path.insert(0, str(HERE.parent / "scripts"))
@@ -24,6 +24,7 @@ import random_model
 
 INTEGER = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 TYPES = [*INTEGER, "f16", "bf16", "f32"]
+ISAS = ("avx512vnni", "avx2")  # besides the best
 
 
 def main() -> None:
@@ -66,16 +67,22 @@ def main() -> None:
 
 def measure_format(path: str, work: limits.Work, probes: Probes, options: Any) -> dict[str, Any]:
     """{"tiers": {engine: tier}, "speed": of peers.measure_speed()}; the engines: smallm as it is,
-    and as it would be on a CPU with AVX2 alone."""
+    and as it would be on CPUs with less."""
+    running: dict[str, Engine] = {}
+    tiers: dict[str, str] = {}
     with ExitStack() as stack:
-        running = {
-            "smallm": stack.enter_context(Engine("smallm", sys.executable)),
-            "avx2": stack.enter_context(Engine("smallm", sys.executable, {"SMALLM_ISA": "avx2"})),
-        }
-        tiers = {
-            name: engine.ask("load", path, options.threads, 1024, False)["isa"]
-            for name, engine in running.items()
-        }
+        for isa in (None, *ISAS):
+            environment = {"SMALLM_ISA": isa} if isa else {}
+            engine = stack.enter_context(Engine("smallm", sys.executable, environment))
+            try:
+                tier = engine.ask("load", path, options.threads, 1024, False)["isa"]
+            except EngineError:
+                if isa is None:
+                    raise
+                continue  # this CPU lacks it
+            if tier not in tiers.values():
+                name = isa or "smallm"
+                running[name], tiers[name] = engine, tier
         speed = measure_speed(running, tiers, work, probes, N_PREFILL, options)
     return {"work": vars(work), "tiers": tiers, "speed": speed}
 

@@ -206,11 +206,12 @@ def percent(values: list[float], limit: list[float]) -> str:
 def judge(speed: dict[str, Any], tier: str, work: limits.Work, options: Any) -> list[str]:
     """Why the machine was too busy to believe these figures; tier: smallm's limit's."""
     faults = []
-    for taken in speed["peaks"].values():
+    for name, taken in speed["peaks"].items():
         gain = median([p["int8"] / p["int8_one"] for p in taken])
         if gain < 0.95 * options.threads:
             faults.append(
-                f"the int8 peak of {options.threads} threads is {gain:.2f} times that of one"
+                f"the int8 peak of {options.threads} threads is {gain:.2f} times that of one "
+                f"({speed['tiers'][name]})"
             )
     usual = USUAL.get((work.arch, work.n_embd, work.type))
     if usual and tier == USUAL_TIER and options.threads == 2 and speed["n"] == N_PREFILL:
