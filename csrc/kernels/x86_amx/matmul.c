@@ -19,7 +19,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS SM_PANEL_ROWS
 #define TOKENS 16
-#define COLUMNS 2048
+#define COLUMNS 1024
 #define RING 4 /* sub-blocks whose sums are on their way or waiting */
 
 /* Where things lie in a call's scratch. */
@@ -212,31 +212,28 @@ INLINE void scaled_tile(struct sm_layout f, const struct tile *a) {
 
 /* ---- panels ------------------------------------------------------------------------------------------------ */
 
-/* One panel for n_tokens tokens, a multiple of TOKENS. */
-INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t n_tokens) {
+/* n_b blocks from b on of one panel, for n_tokens tokens, a multiple of TOKENS. */
+INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t n_tokens,
+                      size_t b, size_t n_b) {
     const struct sm_acts *acts = m->acts;
-    const size_t block = (size_t)f.block, all = acts->k_pad / block, most = COLUMNS / block;
+    const size_t block = (size_t)f.block, all = acts->k_pad / block;
     const uint8_t *from = m->panels + panel * m->panel_bytes;
     uint8_t *codes = m->scratch;
-    struct tile a = {.codes = codes, .k_pad = acts->k_pad, .row_blocks = all, .ld = m->ld,
+    struct tile a = {.panel = from + b * sm_layout_bytes(f), .codes = codes, .n_blocks = n_b,
+                     .k_pad = acts->k_pad, .row_blocks = all, .ld = m->ld, .carry = b != 0,
                      .sums = (int32_t *)(void *)(codes + CODES_BYTES)};
-    for (size_t b = 0; b < all; b += most) {
-        a.n_blocks = SM_MIN(all - b, most);
-        a.carry = b != 0;
-        a.panel = from + b * sm_layout_bytes(f);
-        unpack(f, codes, from, b * block / SM_SLAB, a.n_blocks * block / SM_SLAB);
-        for (size_t t = 0; t < n_tokens; t += TOKENS) {
-            size_t row = m->first + t;
-            a.q = acts->q + row * acts->k_pad + b * block;
-            a.d = acts->d + row * all + b;
-            a.s = f.block == 32 ? acts->s + row * all + b : NULL;
-            a.sum = f.block == 32 ? NULL : acts->sum + (row * all + b) * 16;
-            a.out = m->out + t * m->ld + panel * ROWS;
-            if (f.scales == SM_SCALES_NONE)
-                plain_tile(f, &a);
-            else
-                scaled_tile(f, &a);
-        }
+    unpack(f, codes, from, b * block / SM_SLAB, n_b * block / SM_SLAB);
+    for (size_t t = 0; t < n_tokens; t += TOKENS) {
+        size_t row = m->first + t;
+        a.q = acts->q + row * acts->k_pad + b * block;
+        a.d = acts->d + row * all + b;
+        a.s = f.block == 32 ? acts->s + row * all + b : NULL;
+        a.sum = f.block == 32 ? NULL : acts->sum + (row * all + b) * 16;
+        a.out = m->out + t * m->ld + panel * ROWS;
+        if (f.scales == SM_SCALES_NONE)
+            plain_tile(f, &a);
+        else
+            scaled_tile(f, &a);
     }
 }
 
@@ -247,7 +244,11 @@ INLINE void integers(struct sm_layout f, const struct sm_matmul *m, sm_matmul_fn
         return;
     }
     configure(f.sub);
-    for (size_t p = 0; p < m->n_panels; p++) run_panel(f, m, p, n_tiled);
+    /* Columns outside, panels inside: so much of the activations stays in L2. */
+    const size_t all = m->acts->k_pad / (size_t)f.block, most = COLUMNS / (size_t)f.block;
+    for (size_t b = 0; b < all; b += most)
+        for (size_t p = 0; p < m->n_panels; p++)
+            run_panel(f, m, p, n_tiled, b, SM_MIN(all - b, most));
     _tile_release();
     if (n_tiled == m->n_tokens) return;
     struct sm_matmul rest = *m;

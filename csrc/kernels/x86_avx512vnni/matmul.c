@@ -360,23 +360,18 @@ INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const 
         scaled_packed_tile(f, n_p, n_t, &a);
 }
 
-/* Two panels over unpacked codes, TILE_COLUMNS columns (few tokens: FEW_COLUMNS, in L1) at a
- * time, in tiles of 6 (4), 2 and 1 tokens. */
-INLINE void run_pair(struct sm_layout f, const struct sm_matmul *m, size_t panel) {
-    const size_t block = (size_t)f.block, all = m->acts->k_pad / block, n = m->n_tokens;
-    const size_t most = (n < MANY_TOKENS ? FEW_COLUMNS : TILE_COLUMNS) / block;
-    for (size_t b = 0; b < all; b += most) {
-        size_t n_b = SM_MIN(all - b, most), t = 0;
-        for (size_t p = 0; p < 2 && f.low < 8; p++)
-            unpack(f, (uint8_t *)m->scratch + p * (TILE_COLUMNS * ROWS),
-                   m->panels + (panel + p) * m->panel_bytes, b * block / SM_SLAB,
-                   n_b * block / SM_SLAB);
-        if (f.scales == SM_SCALES_NONE)
-            for (; t + 6 <= n; t += 6) run_tile(f, true, 2, 6, m, panel, t, b, n_b);
-        for (; t + 4 <= n; t += 4) run_tile(f, true, 2, 4, m, panel, t, b, n_b);
-        for (; t + 2 <= n; t += 2) run_tile(f, true, 2, 2, m, panel, t, b, n_b);
-        if (t < n) run_tile(f, true, 2, 1, m, panel, t, b, n_b);
-    }
+/* Two panels over unpacked codes of n_b blocks from b on, in tiles of 6 (4), 2 and 1 tokens. */
+INLINE void run_pair(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t b, size_t n_b) {
+    const size_t per_block = (size_t)f.block / SM_SLAB, n = m->n_tokens;
+    size_t t = 0;
+    for (size_t p = 0; p < 2 && f.low < 8; p++)
+        unpack(f, (uint8_t *)m->scratch + p * (TILE_COLUMNS * ROWS),
+               m->panels + (panel + p) * m->panel_bytes, b * per_block, n_b * per_block);
+    if (f.scales == SM_SCALES_NONE)
+        for (; t + 6 <= n; t += 6) run_tile(f, true, 2, 6, m, panel, t, b, n_b);
+    for (; t + 4 <= n; t += 4) run_tile(f, true, 2, 4, m, panel, t, b, n_b);
+    for (; t + 2 <= n; t += 2) run_tile(f, true, 2, 2, m, panel, t, b, n_b);
+    if (t < n) run_tile(f, true, 2, 1, m, panel, t, b, n_b);
 }
 
 /* One panel, token by token: the odd one of a share that has no neighbour. */
@@ -407,15 +402,22 @@ INLINE void run_packed(struct sm_layout f, int n_t, const struct sm_matmul *m) {
 }
 
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
-    const size_t n = m->n_panels;
-    if (m->n_tokens == 1)
+    const size_t n = m->n_panels, all = m->acts->k_pad / (size_t)f.block;
+    if (m->n_tokens == 1) {
         run_packed(f, 1, m);
-    else if (m->n_tokens == 2)
+    } else if (m->n_tokens == 2) {
         run_packed(f, 2, m);
-    else if (n == 1)
+    } else if (n == 1) {
         run_single(f, m);
-    else /* a rest runs over a panel again: the same numbers in the same places */
-        for (size_t p = 0; p < n; p += 2) run_pair(f, m, SM_MIN(p, n - 2));
+    } else {
+        /* Columns outside, panels inside: so much of the activations stays in L2. */
+        const size_t most = (m->n_tokens < MANY_TOKENS ? FEW_COLUMNS : TILE_COLUMNS) / (size_t)f.block;
+        for (size_t b = 0; b < all; b += most)
+            for (size_t p = 0; p + 2 <= n; p += 2) run_pair(f, m, p, b, SM_MIN(all - b, most));
+        /* A rest runs over a panel again: the same numbers in the same places. */
+        for (size_t b = 0; n % 2 != 0 && b < all; b += most)
+            run_pair(f, m, n - 2, b, SM_MIN(all - b, most));
+    }
 }
 
 #define SM_CODES(NAME, name, ...)                              \
