@@ -46,15 +46,16 @@ N_BATCH = 8
 LIMIT = "limit"  # beside the names of the engines
 
 # Share of this tier's limit that peers reach on a quiet two-core machine with it, of 512 tokens
-# and of the 128 after them, in the order of PEERS, by (architecture, width, formats) of the file.
+# and of the 128 after them, in the order of PEERS, by (architecture, layers, width, formats) of
+# the file.
 USUAL_TIER = "avx512vnni"
 USUAL = {
-    ("llama", 576, "Q4_1"): ((0.045, 0.27), (0.169, 0.27), (0.131, 0.21)),
-    ("llama", 2048, "Q4_0"): ((0.148, 0.43), (0.232, 0.52), (0.158, 0.33)),
-    ("llama", 2048, "Q4_K_M"): ((0.186, 0.48), (0.195, 0.54)),
-    ("llama", 2048, "Q8_0"): ((0.108, 0.54), (0.247, 0.71)),
-    ("qwen2", 896, "Q4_K_M"): ((0.094, 0.42), (0.175, 0.52)),
-    ("phi2", 2048, "Q4_K_M"): ((0.173, 0.49), (0.180, 0.54)),
+    ("llama", 30, 576, "Q4_1"): ((0.045, 0.27), (0.169, 0.27), (0.131, 0.21)),
+    ("llama", 16, 2048, "Q4_0"): ((0.148, 0.43), (0.232, 0.52), (0.158, 0.33)),
+    ("llama", 16, 2048, "Q4_K_M"): ((0.186, 0.48), (0.195, 0.54)),
+    ("llama", 16, 2048, "Q8_0"): ((0.108, 0.54), (0.247, 0.71)),
+    ("qwen2", 24, 896, "Q4_K_M"): ((0.094, 0.42), (0.175, 0.52)),
+    ("phi2", 24, 2048, "Q4_K_M"): ((0.173, 0.49), (0.180, 0.54)),
 }
 
 
@@ -213,7 +214,7 @@ def judge(speed: dict[str, Any], tier: str, work: limits.Work, options: Any) -> 
                 f"the int8 peak of {options.threads} threads is {gain:.2f} times that of one "
                 f"({speed['tiers'][name]})"
             )
-    usual = USUAL.get((work.arch, work.n_embd, work.type))
+    usual = USUAL.get((work.arch, work.n_layer, work.n_embd, work.type))
     if usual and tier == USUAL_TIER and options.threads == 2 and speed["n"] == N_PREFILL:
         for name, shares in zip(PEERS, usual, strict=False):
             for key, share in zip(("prefill", "decode"), shares, strict=True):
