@@ -1,8 +1,8 @@
 /* Phases over the pool: prepare activations, multiply panels, finish rows. */
 #include "ops.h"
 
-/* Floats of finished rows a thread keeps before it hands them on: 128 KB, inside L2. */
-#define TILE_FLOATS ((size_t)32768)
+/* Floats of finished rows a thread keeps before it hands them on: 256 KB, inside L2. */
+#define TILE_FLOATS ((size_t)65536)
 /* What a thread takes at once: little enough that the last to finish is not late. */
 #define PANELS_AT_ONCE 8 /* two fours of a GEMV, whole pairs of a GEMM */
 #define TOKENS_AT_ONCE 4
@@ -11,7 +11,7 @@
 struct local {
     uint8_t *scratch;   /* SM_SCRATCH_BYTES, for kernels */
     float *own;         /* [SM_LOCAL_FLOATS], for sm_ops_each */
-    float *row;         /* [k_max], a source's row before it is prepared */
+    float *row;         /* [k_max], room for a source's row before it is prepared */
     float *tile[2];     /* [TILE_FLOATS] products before their epilogue */
     uint8_t *acts[SM_ACT_COUNT]; /* activations of fewer than SM_FEW tokens */
 };
@@ -115,12 +115,14 @@ static void run_phase(struct sm_ops *o, size_t n, size_t grain, sm_phase_fn *fn,
 
 /* ---- sources --------------------------------------------------------------------------------------------- */
 
-static void row_plain(const struct sm_source *s, size_t t, float *out) {
-    memcpy(out, s->x + t * s->stride, s->k * sizeof(float));
+static const float *row_plain(const struct sm_source *s, size_t t, float *room) {
+    (void)room;
+    return s->x + t * s->stride;
 }
 
-static void row_rms_norm(const struct sm_source *s, size_t t, float *out) {
-    s->kernels->rms_norm(out, s->x + t * s->stride, s->weight, s->k, s->eps);
+static const float *row_rms_norm(const struct sm_source *s, size_t t, float *room) {
+    s->kernels->rms_norm(room, s->x + t * s->stride, s->weight, s->k, s->eps);
+    return room;
 }
 
 struct sm_source sm_source_rows(const float *x, size_t stride, size_t k) {
@@ -133,8 +135,9 @@ struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const floa
                               .k = k, .weight = weight, .eps = eps};
 }
 
-static void row_layer_norm(const struct sm_source *s, size_t t, float *out) {
-    s->kernels->layer_norm(out, s->x + t * s->stride, s->weight, s->bias, s->k, s->eps);
+static const float *row_layer_norm(const struct sm_source *s, size_t t, float *room) {
+    s->kernels->layer_norm(room, s->x + t * s->stride, s->weight, s->bias, s->k, s->eps);
+    return room;
 }
 
 struct sm_source sm_source_layer_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
@@ -157,26 +160,27 @@ struct project {
     size_t gated_stride;
 };
 
-/* x [k] -= row `row` of the activations: what rounding lost. */
-static void subtract_row(enum sm_act format, const struct sm_acts *a, size_t row, float *x) {
+/* rest [k] = x - row `row` of the activations: what rounding lost.  rest may be x. */
+static void subtract_row(enum sm_act format, const struct sm_acts *a, size_t row, const float *x,
+                         float *rest) {
     const int8_t *q = a->q + row * a->k_pad;
     const size_t block = format == SM_ACT_Q8_32 ? 32 : 256;
     const float *d = a->d + row * (a->k_pad / block);
-    for (size_t i = 0; i < a->k; i++) x[i] -= d[i / block] * (float)q[i];
+    for (size_t i = 0; i < a->k; i++) rest[i] = x[i] - d[i / block] * (float)q[i];
 }
 
 /* Prepares tokens begin .. end - 1 of the source into acts[], in every format wanted. */
-static void prepare_tokens(const struct project *p, size_t begin, size_t end, float *row,
+static void prepare_tokens(const struct project *p, size_t begin, size_t end, float *room,
                            struct sm_acts acts[SM_ACT_COUNT]) {
     size_t step = p->fine ? 2 : 1;
     for (size_t t = begin; t < end; t++) {
-        p->s->row(p->s, t, row);
+        const float *row = p->s->row(p->s, t, room);
         for (int a = 0; a < SM_ACT_COUNT; a++) {
             if (!p->wants[a]) continue;
             bool finite = p->o->kernels->prepare[a](&acts[a], step * t, row);
             if (finite && p->fine) {
-                subtract_row((enum sm_act)a, &acts[a], step * t, row);
-                finite = p->o->kernels->prepare[a](&acts[a], step * t + 1, row);
+                subtract_row((enum sm_act)a, &acts[a], step * t, row, room);
+                finite = p->o->kernels->prepare[a](&acts[a], step * t + 1, room);
             }
             if (!finite) sm_ops_fail(p->o, SMALLM_E_NUMERIC);
         }
@@ -198,12 +202,12 @@ static void prepare_phase(void *arg, int thread, struct sm_work *work) {
         prepare_tokens(p, begin, end, p->o->locals[thread].row, acts);
 }
 
-/* Panels first .. first + n_panels - 1 of w for all rows into tile [rows][16 n_panels]. */
+/* Panels first .. first + n_panels - 1 of w for all rows into out [rows][ld]. */
 static void multiply(const struct project *p, const struct sm_matrix *w,
                      const struct sm_acts *acts, size_t first, size_t n_panels, struct local *l,
-                     float *tile) {
+                     float *out, size_t ld) {
     struct sm_matmul m = {
-        .out = tile, .ld = n_panels * SM_PANEL_ROWS,
+        .out = out, .ld = ld,
         .panels = w->panels + first * w->panel_bytes, .panel_bytes = w->panel_bytes,
         .n_panels = n_panels, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->rows,
         .scratch = l->scratch,
@@ -247,22 +251,36 @@ static void finish_gated(const struct project *p, size_t row, size_t n_rows, siz
         p->o->kernels->swiglu(p->gated + t * p->gated_stride + row, gate + t * ld, up + t * ld, n_rows);
 }
 
-/* A thread's panels begin .. end - 1 of one product (of gate and up together). */
+/* Some panels of one product (of gate and up together), n_rows rows of the matrix from `row` on. */
+static void run_tile(const struct project *p, const struct sm_product *product,
+                     const struct sm_acts *acts, size_t panel, size_t n_panels, struct local *l) {
+    const size_t row = panel * SM_PANEL_ROWS, ld = n_panels * SM_PANEL_ROWS;
+    const size_t n_rows = SM_MIN(ld, product->w->n_rows - row);
+    float *gate = l->tile[0], *up = l->tile[1];
+    if (p->gated != NULL) {
+        multiply(p, product->w, acts, panel, n_panels, l, gate, ld);
+        multiply(p, p->products[1].w, acts, panel, n_panels, l, up, ld);
+        finish_gated(p, row, n_rows, ld, gate, up);
+        return;
+    }
+    bool as_is = !product->add && !product->gelu && !p->fine && product->rows == NULL;
+    if (as_is && n_rows == ld) { /* nothing is between the sums and their place */
+        float *out = product->out + row;
+        multiply(p, product->w, acts, panel, n_panels, l, out, product->stride);
+        add_bias(p, product, row, n_rows, product->stride, out);
+    } else {
+        multiply(p, product->w, acts, panel, n_panels, l, gate, ld);
+        finish(p, product, row, n_rows, ld, gate);
+    }
+}
+
+/* A thread's panels begin .. end - 1 of one product. */
 static void run_panels(const struct project *p, const struct sm_product *product,
                        const struct sm_acts *acts, size_t begin, size_t end, struct local *l) {
     size_t step = TILE_FLOATS / (p->rows * SM_PANEL_ROWS);
     if (step > 2) step -= step % 2;
-    for (size_t i = begin; i < end; i += step) {
-        size_t n_panels = SM_MIN(step, end - i), row = i * SM_PANEL_ROWS;
-        size_t n_rows = SM_MIN(n_panels * SM_PANEL_ROWS, product->w->n_rows - row);
-        multiply(p, product->w, acts, i, n_panels, l, l->tile[0]);
-        if (p->gated != NULL) {
-            multiply(p, p->products[1].w, acts, i, n_panels, l, l->tile[1]);
-            finish_gated(p, row, n_rows, n_panels * SM_PANEL_ROWS, l->tile[0], l->tile[1]);
-        } else {
-            finish(p, product, row, n_rows, n_panels * SM_PANEL_ROWS, l->tile[0]);
-        }
-    }
+    for (size_t i = begin; i < end; i += step)
+        run_tile(p, product, acts, i, SM_MIN(step, end - i), l);
 }
 
 static void product_phase(void *arg, int thread, struct sm_work *work) {

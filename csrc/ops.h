@@ -17,9 +17,10 @@
 
 #define SM_FEW 4
 
-/* What a matmul reads: row(source, t, out, scratch) writes token t's k values. */
+/* What a matmul reads.  row(source, t, room) gives token t's k values: where they lie already, or made
+ * in room [k]. */
 struct sm_source {
-    void (*row)(const struct sm_source *s, size_t t, float *out);
+    const float *(*row)(const struct sm_source *s, size_t t, float *room);
     const struct sm_kernels *kernels;
     const void *context;   /* the mixer's own */
     const float *x;        /* [n][stride] */

@@ -28,7 +28,10 @@ static const struct isa isas[] = {
 
 static bool covers(uint32_t features, uint32_t needs) { return (needs & ~features) == 0; }
 
-/* Tier i over each lower tier that runs wherever i does. */
+static bool runs(size_t i) { return covers(sm_cpu_features(), isas[i].needs); }
+
+/* Tier i, which runs here, over each lower tier that runs wherever i does.  Even a tier's init is
+ * compiled for its instruction set. */
 static void build(size_t i, struct sm_kernels *k) {
     void (*generic)(struct sm_kernels *) = sm_init__generic;
 #if defined(SM_HAVE_X86)
@@ -41,8 +44,9 @@ static void build(size_t i, struct sm_kernels *k) {
 
 bool sm_kernels_tier(size_t i, struct sm_kernels *out, bool *usable) {
     if (i >= SM_COUNT(isas)) return false;
-    build(i, out);
-    *usable = covers(sm_cpu_features(), isas[i].needs);
+    *out = (struct sm_kernels){.name = isas[i].name};
+    *usable = runs(i);
+    if (*usable) build(i, out);
     return true;
 }
 
@@ -54,7 +58,8 @@ static const struct sm_kernels *tables(void) {
     int expected = 0;
     if (atomic_load_explicit(&state, memory_order_acquire) == 2) return built;
     if (atomic_compare_exchange_strong(&state, &expected, 1)) {
-        for (size_t i = 0; i < SM_COUNT(isas); i++) build(i, &built[i]);
+        for (size_t i = 0; i < SM_COUNT(isas); i++)
+            if (runs(i)) build(i, &built[i]);
         atomic_store_explicit(&state, 2, memory_order_release);
     }
     while (atomic_load_explicit(&state, memory_order_acquire) != 2) sm_cpu_pause();
@@ -66,7 +71,7 @@ void sm_kernels_available(char *out, size_t capacity) {
     out[0] = 0;
     for (size_t i = 0; i < SM_COUNT(isas); i++) {
         size_t length = strlen(isas[i].name);
-        if (!covers(sm_cpu_features(), isas[i].needs) || n + length + 2 > capacity) continue;
+        if (!runs(i) || n + length + 2 > capacity) continue;
         if (n > 0) out[n++] = ',';
         memcpy(out + n, isas[i].name, length + 1);
         n += length;
@@ -77,8 +82,7 @@ int sm_kernels_get(const struct sm_kernels **out, smallm_error *err) {
     const char *wanted = sm_env("SMALLM_ISA");
     size_t chosen = SM_COUNT(isas);
     for (size_t i = 0; i < SM_COUNT(isas); i++)
-        if (covers(sm_cpu_features(), isas[i].needs) &&
-            (wanted == NULL || strcmp(wanted, isas[i].name) == 0))
+        if (runs(i) && (wanted == NULL || strcmp(wanted, isas[i].name) == 0))
             chosen = i;
     if (chosen == SM_COUNT(isas)) {
         char shown[32], available[128];

@@ -161,8 +161,8 @@ int sm_kernels_get(const struct sm_kernels **out, smallm_error *err);
 /* Names of the tiers this CPU can run, comma-separated, best last, as many as fit. */
 void sm_kernels_available(char *out, size_t capacity);
 
-/* Tier `i` of isas.def (0: generic) with all lower tiers below it, whether or not the CPU can run
- * it; false past the last.  For tests: *usable says whether it may be called here. */
+/* For tests.  Tier `i` of isas.def (0: generic) with all lower tiers below it; false past the last.
+ * *usable: the CPU can run it; where not, *out holds its name alone. */
 bool sm_kernels_tier(size_t i, struct sm_kernels *out, bool *usable);
 
 #endif

@@ -111,7 +111,7 @@ static void decode_item(void *context, size_t item, void *scratch, float *local)
 }
 
 /* Folds token t's chunks: out [n_head * head]. */
-static void decode_row(const struct sm_source *s, size_t t, float *out) {
+static const float *decode_row(const struct sm_source *s, size_t t, float *out) {
     const struct sm_attention *a = s->context;
     const struct sm_kernels *k = s->kernels;
     int position = a->p->batch->positions[t];
@@ -129,6 +129,7 @@ static void decode_row(const struct sm_source *s, size_t t, float *out) {
             }
             k->attend_finish(O, O, L, a->head);
         }
+    return out;
 }
 
 /* ---- prefill ----------------------------------------------------------------------------------------------- */
