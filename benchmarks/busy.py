@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import limits
 from common import (
     Engine,
     EngineError,
@@ -79,6 +80,7 @@ def main() -> None:
     }
     rows = []
     probes, size = Probes(), os.path.getsize(path)
+    n_vocab = limits.read(path).n_vocab
 
     def reading(way: str, i: int) -> float:
         with busy(n_busy) if way == "busy" else nullcontext():
@@ -92,7 +94,7 @@ def main() -> None:
     for name, python in engines(options).items():
         with ExitStack() as stack:
             engine = stack.enter_context(Engine(name, python))
-            ids = prompt(N_PROMPT, seed=1)
+            ids = prompt(N_PROMPT, seed=1, n_vocab=n_vocab)
 
             def rate(way: str, i: int, engine: Engine = engine, ids: list[int] = ids) -> float:
                 if way == "quiet":

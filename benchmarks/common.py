@@ -122,7 +122,7 @@ def engines(options: argparse.Namespace) -> dict[str, str]:
     return {"smallm": sys.executable, **dict(options.peer)}
 
 
-def prompt(n: int, seed: int, n_vocab: int = 40000) -> list[int]:
+def prompt(n: int, seed: int, n_vocab: int) -> list[int]:
     """n token ids that every engine gets alike; another seed is another prompt from its start on,
     so that no engine can answer from a cache of an earlier one.  A vocabulary's first and last
     ids are left out: there are its control tokens."""
