@@ -163,7 +163,7 @@ struct project {
 /* rest [k] = x - row `row` of the activations: what rounding lost.  rest may be x. */
 static void subtract_row(enum sm_act format, const struct sm_acts *a, size_t row, const float *x,
                          float *rest) {
-    const int8_t *q = a->q + row * a->k_pad;
+    const int8_t *q = a->q + row * a->stride;
     const size_t block = format == SM_ACT_Q8_32 ? 32 : 256;
     const float *d = a->d + row * (a->k_pad / block);
     for (size_t i = 0; i < a->k; i++) rest[i] = x[i] - d[i / block] * (float)q[i];

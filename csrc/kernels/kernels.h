@@ -69,8 +69,9 @@
 /* Rows of activations in one format.  k_pad = k rounded up to 32 (F32, Q8_32) or 256. */
 struct sm_acts {
     size_t k, k_pad;
-    float *f;      /* F32:    [n][k_pad] */
-    int8_t *q;     /* Q8_*:   [n][k_pad] */
+    size_t stride; /* of f and q: k_pad or a little more, lest all rows fall on the same cache lines */
+    float *f;      /* F32:    [n][stride] */
+    int8_t *q;     /* Q8_*:   [n][stride] */
     float *d;      /* Q8_32:  [n][k_pad / 32];  Q8_256: [n][k_pad / 256] */
     float *s;      /* Q8_32:  [n][k_pad / 32] */
     int32_t *sum;  /* Q8_32:  [n][k_pad / 32];  Q8_256: [n][k_pad / 16] */

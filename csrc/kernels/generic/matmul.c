@@ -35,7 +35,7 @@ INLINE void float_panels(const struct sm_matmul *m, load_fn *load, size_t size) 
     for (size_t p = 0; p < m->n_panels; p++)
         for (size_t t = 0; t < m->n_tokens; t++) {
             const uint8_t *w = m->panels + p * m->panel_bytes;        /* [k_pad][16] */
-            const float *x = m->acts->f + (m->first + t) * k_pad; /* [k_pad] */
+            const float *x = m->acts->f + (m->first + t) * m->acts->stride; /* [k_pad] */
             float acc[ROWS] = {0};
             for (size_t c = 0; c < k_pad; c++)
                 for (size_t r = 0; r < ROWS; r++)
@@ -65,7 +65,7 @@ INLINE void integer_panels(const struct sm_matmul *m, struct sm_layout f) {
                 sm_panel_block(f, w, r, &c);
                 for (size_t t = 0; t < m->n_tokens; t++) {
                     size_t at = (m->first + t) * n_blocks + b; /* this block of this token */
-                    const int8_t *q = a->q + at * block;           /* [block] */
+                    const int8_t *q = a->q + (m->first + t) * a->stride + b * block; /* [block] */
                     float acc = out[t * m->ld], d = a->d[at];
                     int32_t isum = 0, msum = 0;
                     for (int s = 0; s < f.block / f.sub; s++) {

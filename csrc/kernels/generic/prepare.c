@@ -14,7 +14,7 @@ static uint32_t max_abs_bits(const float *x, size_t n) {
 }
 
 bool SM_NAME(sm_prepare_f32)(struct sm_acts *a, size_t row, const float *x) {
-    float *out = a->f + row * a->k_pad;
+    float *out = a->f + row * a->stride;
     memcpy(out, x, a->k * sizeof *x);
     memset(out + a->k, 0, (a->k_pad - a->k) * sizeof *x);
     return max_abs_bits(x, a->k) < 0x7f800000u;
@@ -46,7 +46,7 @@ static int32_t sum_codes(const int8_t *q, size_t n) {
 
 bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 32;
-    int8_t *q = a->q + row * a->k_pad;
+    int8_t *q = a->q + row * a->stride;
     for (size_t b = 0; b < n_blocks; b++) {
         size_t i = row * n_blocks + b;
         if (!quantize(q + 32 * b, a->d + i, x + 32 * b, SM_MIN(32, a->k - 32 * b), 32))
@@ -59,7 +59,7 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
 
 bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 256;
-    int8_t *q = a->q + row * a->k_pad;
+    int8_t *q = a->q + row * a->stride;
     int32_t *sum = a->sum + row * (a->k_pad / 16);
     for (size_t b = 0; b < n_blocks; b++) {
         if (!quantize(q + 256 * b, a->d + row * n_blocks + b, x + 256 * b,

@@ -78,9 +78,9 @@ INLINE void configure(void) {
 struct tile {
     const uint8_t *panel;    /* at the first block */
     const uint8_t *codes;    /* [columns / 4][64] */
-    const int8_t *q;         /* [TOKENS][k_pad] */
+    const int8_t *q;         /* [TOKENS][stride] */
     const float *d, *s;      /* [TOKENS][row_blocks] */
-    size_t k_pad, row_blocks, n_blocks;
+    size_t stride, row_blocks, n_blocks;
     float *out;              /* [TOKENS][ld] */
     size_t ld;
     bool carry;              /* starts from out instead of zero */
@@ -89,7 +89,7 @@ struct tile {
 
 #define START(sum, x, w)                                                    \
     _tile_zero(sum);                                                        \
-    _tile_loadd(x, a->q + b * SM_SLAB, a->k_pad);                           \
+    _tile_loadd(x, a->q + b * SM_SLAB, a->stride);                          \
     _tile_loadd(w, a->codes + b * SM_SLAB * ROWS, 64);                      \
     _tile_dpbssd(sum, x, w);                                                \
     _tile_stored(sum, a->sums + (size_t)sum * TOKENS * ROWS, 64)
@@ -145,12 +145,12 @@ INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t pane
     const uint8_t *from = m->panels + panel * m->panel_bytes;
     uint8_t *codes = m->scratch;
     struct tile a = {.panel = from + b * sm_layout_bytes(f), .codes = codes, .n_blocks = n_b,
-                     .k_pad = acts->k_pad, .row_blocks = all, .ld = m->ld, .carry = b != 0,
+                     .stride = acts->stride, .row_blocks = all, .ld = m->ld, .carry = b != 0,
                      .sums = (int32_t *)(void *)(codes + CODES_BYTES)};
     unpack(f, codes, from, b, n_b);
     for (size_t t = 0; t < n_tokens; t += TOKENS) {
         size_t row = m->first + t;
-        a.q = acts->q + row * acts->k_pad + b * SM_SLAB;
+        a.q = acts->q + row * acts->stride + b * SM_SLAB;
         a.d = acts->d + row * all + b;
         a.s = acts->s + row * all + b;
         a.out = m->out + t * m->ld + panel * ROWS;

@@ -102,10 +102,10 @@ struct tile {
     const uint8_t *panel;    /* at the first block to do, and at this half's d */
     const uint8_t *codes;    /* this half's: [8][64] of each slab, slab_step apart */
     size_t slab_step, n_blocks;
-    const int8_t *q;         /* [n_t][k_pad] */
+    const int8_t *q;         /* [n_t][stride] */
     const float *d, *s;      /* [n_t][row_blocks] */
     const int32_t *sum;      /* [n_t][row_sums] */
-    size_t k_pad, row_blocks, row_sums;
+    size_t stride, row_blocks, row_sums;
     int half;                /* 0 or 1 */
     float *out;              /* [n_t][ld], HALF columns */
     size_t ld;
@@ -114,14 +114,14 @@ struct tile {
 
 /* sum of code * q over n_groups groups, widened by `factor` (int16 in both halves of each int32). */
 INLINE void add_groups(struct sm_layout f, int n_t, int n_groups, const uint8_t *codes,
-                       const int8_t *q, size_t k_pad, __m256i factor, __m256i isum[TILE_TOKENS]) {
+                       const int8_t *q, size_t stride, __m256i factor, __m256i isum[TILE_TOKENS]) {
     const int steps = SM_MIN(steps_of(f), n_groups);
     for (int first = 0; first < n_groups; first += steps) {
         __m256i pairs[TILE_TOKENS];
         for (int g = first; g < first + steps; g++) {
             __m256i w = _mm256_loadu_si256((const __m256i *)(codes + SM_GROUP_BYTES * g));
             for (int t = 0; t < n_t; t++) {
-                __m256i p = pairs_of(f, w, broadcast4(q + t * k_pad + 4 * g));
+                __m256i p = pairs_of(f, w, broadcast4(q + (size_t)t * stride + 4 * g));
                 pairs[t] = g == first ? p : _mm256_add_epi16(pairs[t], p);
             }
         }
@@ -140,7 +140,7 @@ INLINE void plain_tile(struct sm_layout f, int n_t, const struct tile *a, __m256
             if (f.bias != 0 && f.low < 8)
                 isum[t] = _mm256_set1_epi32(-f.bias * a->sum[t * a->row_sums + b]);
         }
-        add_groups(f, n_t, 8, a->codes + b * a->slab_step, a->q + SM_SLAB * b, a->k_pad,
+        add_groups(f, n_t, 8, a->codes + b * a->slab_step, a->q + SM_SLAB * b, a->stride,
                    _mm256_set1_epi16(1), isum);
         __m256 dw = load_f16(block);
         for (int t = 0; t < n_t; t++) {
@@ -190,7 +190,7 @@ INLINE void scaled_tile(struct sm_layout f, int n_t, const struct tile *a, __m25
             for (int s = first; s < first + group_subs; s++) {
                 __m256i scale = load_scales(f, block, a->half, s);
                 add_groups(f, n_t, f.sub / 4, codes + s * (f.sub / 4) * SM_GROUP_BYTES,
-                           a->q + 256 * b + (size_t)(s * f.sub), a->k_pad, pair_up(scale, scale),
+                           a->q + 256 * b + (size_t)(s * f.sub), a->stride, pair_up(scale, scale),
                            isum);
                 if (f.bias == 0 || s % 2 == 0) continue;
                 /* biased formats have sub == 16: take bias * scale * sum off for two at once */
@@ -232,7 +232,7 @@ INLINE void run_tile(struct sm_layout f, int n_t, const struct sm_matmul *m, siz
                      size_t t, size_t first, size_t n_blocks) {
     const struct sm_acts *acts = m->acts;
     const size_t sums = f.block == 32 ? 1 : 16; /* activation sums of a block */
-    struct tile a = {.slab_step = 8 * SM_GROUP_BYTES, .n_blocks = n_blocks, .k_pad = acts->k_pad,
+    struct tile a = {.slab_step = 8 * SM_GROUP_BYTES, .n_blocks = n_blocks, .stride = acts->stride,
                      .row_blocks = acts->k_pad / (size_t)f.block, .half = half, .ld = m->ld,
                      .carry = first != 0};
     size_t row = m->first + t, at = row * a.row_blocks + first;
@@ -244,7 +244,7 @@ INLINE void run_tile(struct sm_layout f, int n_t, const struct sm_matmul *m, siz
         a.slab_step = sm_layout_bytes(f);
     }
     a.row_sums = a.row_blocks * sums;
-    a.q = acts->q + row * a.k_pad + first * (size_t)f.block;
+    a.q = acts->q + row * a.stride + first * (size_t)f.block;
     a.d = acts->d + at;
     a.s = f.block == 32 ? acts->s + at : NULL;
     a.sum = acts->sum + at * sums;
@@ -352,7 +352,7 @@ INLINE void run_one(struct sm_layout f, const struct sm_matmul *m, size_t half) 
     __m256 acc[MAX_HALVES];
     for (int h = 0; h < MAX_HALVES; h++) acc[h] = _mm256_setzero_ps();
     for (size_t b = 0; b < n_blocks; b++) {
-        const int8_t *q = a->q + m->first * a->k_pad + (size_t)f.block * b;
+        const int8_t *q = a->q + m->first * a->stride + (size_t)f.block * b;
         for (int h = 0; h < MAX_HALVES; h++) {
             const uint8_t *block = m->panels + (half + (size_t)h) / 2 * m->panel_bytes + b * step;
             const int side = (int)((half + (size_t)h) % 2);
@@ -397,9 +397,9 @@ INLINE __m256 load_bf16(const uint8_t *p) {
 /* Both halves of n_p panels x n_t tokens. */
 INLINE void float_tile(load_fn *load, size_t size, int n_p, int n_t, const struct sm_matmul *m,
                        size_t panel, size_t row, float *out) {
-    size_t k_pad = m->acts->k_pad;
+    size_t k_pad = m->acts->k_pad, stride = m->acts->stride;
     const uint8_t *w = m->panels + panel * m->panel_bytes; /* [n_p][k_pad][16] */
-    const float *x = m->acts->f + row * k_pad;             /* [n_t][k_pad] */
+    const float *x = m->acts->f + row * stride;            /* [n_t][stride] */
     __m256 acc[MAX_HALVES][TILE_TOKENS];
     for (int h = 0; h < 2 * n_p; h++)
         for (int t = 0; t < n_t; t++) acc[h][t] = _mm256_setzero_ps();
@@ -409,7 +409,7 @@ INLINE void float_tile(load_fn *load, size_t size, int n_p, int n_t, const struc
             if (n_t == 1 && h % 2 == 0 && c * size % 4 == 0) prefetch(at, 1); /* a line each */
             __m256 column = load(at);
             for (int t = 0; t < n_t; t++)
-                acc[h][t] = _mm256_fmadd_ps(column, _mm256_set1_ps(x[t * k_pad + c]), acc[h][t]);
+                acc[h][t] = _mm256_fmadd_ps(column, _mm256_set1_ps(x[(size_t)t * stride + c]), acc[h][t]);
         }
     for (int h = 0; h < 2 * n_p; h++)
         for (int t = 0; t < n_t; t++) _mm256_storeu_ps(out + t * m->ld + h * HALF, acc[h][t]);

@@ -56,7 +56,7 @@ INLINE __m256i sums8(__m256i codes) {
 
 bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 32, at = row * n_blocks;
-    int8_t *q = a->q + row * a->k_pad;
+    int8_t *q = a->q + row * a->stride;
     int32_t largest = 0;
     for (size_t b = 0; b < n_blocks; b++) {
         __m256i max = _mm256_setzero_si256();
@@ -91,7 +91,7 @@ bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
         a->d[row * n_blocks + b] = scale(bits, &id);
         for (size_t i = 256 * b; i < 256 * b + 256; i += 32) {
             __m256i codes = quantize32(x, i, a->k, id), four = sums8(codes);
-            _mm256_storeu_si256((__m256i *)(a->q + row * a->k_pad + i), codes);
+            _mm256_storeu_si256((__m256i *)(a->q + row * a->stride + i), codes);
             __m256i two = _mm256_add_epi64(four, _mm256_shuffle_epi32(four, 0x4e));
             sum[i / 16] = _mm256_extract_epi32(two, 0);
             sum[i / 16 + 1] = _mm256_extract_epi32(two, 4);

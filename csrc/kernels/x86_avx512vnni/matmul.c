@@ -68,9 +68,9 @@ struct tile {
     const uint8_t *panel[4]; /* at the first block to do */
     const uint8_t *codes[2]; /* unpacked codes [8][64] of each slab, slab_step apart */
     size_t slab_step, n_blocks;
-    const int8_t *q;         /* [n_t][k_pad] */
+    const int8_t *q;         /* [n_t][stride] */
     const float *d, *s;      /* [n_t][row_blocks] */
-    size_t k_pad, row_blocks;
+    size_t stride, row_blocks;
     float *out;              /* [n_t][ld], ROWS * n_p columns */
     size_t ld;
     bool carry;              /* starts from out instead of zero */
@@ -150,7 +150,7 @@ INLINE void plain_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, cons
                 for (int p = 0; p < n_p; p++)
                     w[p] = _mm512_loadu_si512(a->codes[p] + b * a->slab_step + g * 64);
                 for (int t = 0; t < n_t; t++) {
-                    __m512i x = broadcast4(q + (size_t)t * a->k_pad + 4 * g);
+                    __m512i x = broadcast4(q + (size_t)t * a->stride + 4 * g);
                     for (int p = 0; p < n_p; p++)
                         isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[p], x);
                 }
@@ -165,7 +165,7 @@ INLINE void plain_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, cons
                 for (int g = 0; g < 8; g++)
                     for (int t = 0; t < n_t; t++)
                         isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[g],
-                                                         broadcast4(q + t * a->k_pad + 4 * g));
+                                                         broadcast4(q + t * a->stride + 4 * g));
             }
         }
         for (int p = 0; p < n_p; p++) {
@@ -244,7 +244,7 @@ INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile 
                     __m512i w[2];
                     for (int p = 0; p < n_p; p++) w[p] = _mm512_load_si512(a->codes[p] + at);
                     for (int t = 0; t < n_t; t++) {
-                        __m512i x = broadcast4(q + (size_t)t * a->k_pad);
+                        __m512i x = broadcast4(q + (size_t)t * a->stride);
                         for (int p = 0; p < n_p; p++)
                             isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[p], x);
                     }
@@ -307,7 +307,7 @@ INLINE void scaled_packed_tile(struct sm_layout f, int n_p, int n_t, const struc
                         for (int g = 0; g < sub_groups; g++)
                             isum = _mm512_dpbusd_epi32(
                                 isum, w[s * sub_groups + g],
-                                broadcast4(q + (size_t)t * a->k_pad + s * f.sub + 4 * g));
+                                broadcast4(q + (size_t)t * a->stride + s * f.sub + 4 * g));
                         scaled[p][t] =
                             _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum), sub_scale, scaled[p][t]);
                     }
@@ -334,12 +334,12 @@ INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const 
     struct tile a;
     a.slab_step = f.low == 8 ? step : 8 * 64;
     a.n_blocks = n_blocks;
-    a.k_pad = acts->k_pad;
+    a.stride = acts->stride;
     a.row_blocks = acts->k_pad / (size_t)f.block;
     a.ld = m->ld;
     a.carry = first != 0;
     size_t row = m->first + t, at = row * a.row_blocks + first;
-    a.q = acts->q + row * a.k_pad + first * (size_t)f.block;
+    a.q = acts->q + row * a.stride + first * (size_t)f.block;
     a.d = acts->d + at;
     a.s = f.block == 32 ? acts->s + at : NULL;
     a.out = m->out + t * m->ld + panel * ROWS;
@@ -440,9 +440,9 @@ INLINE __m512 load_bf16(const uint8_t *p) {
 /* n_t tokens from row `row` on against n_p panels from `panel` on. */
 INLINE void float_tile(load_fn *load, size_t size, int n_p, int n_t, const struct sm_matmul *m,
                        size_t panel, size_t row, float *out) {
-    size_t k_pad = m->acts->k_pad;
+    size_t k_pad = m->acts->k_pad, stride = m->acts->stride;
     const uint8_t *w = m->panels + panel * m->panel_bytes; /* [n_p][k_pad][16] */
-    const float *x = m->acts->f + row * k_pad;             /* [n_t][k_pad] */
+    const float *x = m->acts->f + row * stride;            /* [n_t][stride] */
     __m512 acc[4][TILE_TOKENS];
     for (int p = 0; p < n_p; p++)
         for (int t = 0; t < n_t; t++) acc[p][t] = _mm512_setzero_ps();
@@ -452,7 +452,7 @@ INLINE void float_tile(load_fn *load, size_t size, int n_p, int n_t, const struc
             if (n_t <= 2) _mm_prefetch(at + PREFETCH_BYTES, _MM_HINT_T0);
             __m512 column = load(at);
             for (int t = 0; t < n_t; t++)
-                acc[p][t] = _mm512_fmadd_ps(column, _mm512_set1_ps(x[t * k_pad + c]), acc[p][t]);
+                acc[p][t] = _mm512_fmadd_ps(column, _mm512_set1_ps(x[(size_t)t * stride + c]), acc[p][t]);
         }
     for (int p = 0; p < n_p; p++)
         for (int t = 0; t < n_t; t++) _mm512_storeu_ps(out + t * m->ld + p * ROWS, acc[p][t]);

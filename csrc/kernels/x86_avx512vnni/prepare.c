@@ -34,7 +34,7 @@ INLINE __m128i quantize(__m512 x, __m512 id) {
 
 bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 32, at = row * n_blocks;
-    int8_t *q = a->q + row * a->k_pad;
+    int8_t *q = a->q + row * a->stride;
     int32_t largest = 0;
     for (size_t b = 0; b < n_blocks; b++) {
         __m512 lo = load(x, 32 * b, a->k), hi = load(x, 32 * b + 16, a->k);
@@ -78,7 +78,7 @@ bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 256;
     int32_t largest = 0;
     for (size_t b = 0; b < n_blocks; b++) {
-        int8_t *q = a->q + row * a->k_pad + 256 * b;
+        int8_t *q = a->q + row * a->stride + 256 * b;
         __m512i max = _mm512_setzero_si512();
         for (size_t i = 0; i < 256; i += 16)
             max = _mm512_max_epi32(max, abs_bits(load(x, 256 * b + i, a->k)));
