@@ -21,6 +21,7 @@
 #define ROWS SM_PANEL_ROWS
 #define TOKENS 16
 #define COLUMNS 1024
+#define PREFETCH_BYTES 2048 /* ahead, where the next panel follows */
 #define RING 4 /* blocks whose sums are on their way or waiting */
 
 /* Where things lie in a call's scratch. */
@@ -37,6 +38,8 @@ INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, siz
     const __m512i bias = _mm512_set1_epi8((char)f.bias);
     for (size_t i = first; i < first + n_blocks; i++, codes += 8 * 64) {
         const uint8_t *slab = panel + i * sm_layout_bytes(f) + sm_layout_codes(f);
+        for (size_t j = 0; j < sm_layout_slab(f); j += 64)
+            _mm_prefetch(slab + PREFETCH_BYTES + j, _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int g = 0; g < 8; g++) {
             __m512i x = _mm512_loadu_si512(slab + 64 * (g % f.low));

@@ -2,9 +2,10 @@
  * operand, activations broadcast four signed bytes at a time.
  *
  * A tile holds n_p panels x n_t tokens in registers.  One or two tokens run four panels wide on the
- * packed bytes, so that several memory streams are in flight.  More unpack two panels at a time into
- * scratch and use them for all tokens: FEW_COLUMNS columns (in L1) for few tokens, TILE_COLUMNS
- * (64 KB, well inside L2) for many; longer rows carry their sums in `out`. */
+ * packed bytes, so that several memory streams are in flight; some more, of formats with one scale,
+ * one panel wide.  Many unpack two panels at a time into scratch and use them for all tokens:
+ * FEW_COLUMNS columns (in L1) for few tokens, TILE_COLUMNS (64 KB, well inside L2) for many; longer
+ * rows carry their sums in `out`. */
 #include <immintrin.h>
 
 #include "../panels.h"
@@ -54,8 +55,11 @@ INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, siz
     const size_t per_block = (size_t)(f.block / SM_SLAB);
     for (size_t i = first; i < first + n_slabs; i++, codes += 8 * 64) {
         __m512i group[8];
-        load_slab(f, panel + i / per_block * sm_layout_bytes(f) + sm_layout_codes(f) +
-                         i % per_block * sm_layout_slab(f), group);
+        const uint8_t *slab = panel + i / per_block * sm_layout_bytes(f) + sm_layout_codes(f) +
+                              i % per_block * sm_layout_slab(f);
+        for (size_t j = 0; j < sm_layout_slab(f); j += 64)
+            _mm_prefetch(slab + PREFETCH_BYTES + j, _MM_HINT_T0);
+        load_slab(f, slab, group);
 #pragma GCC unroll 8
         for (int g = 0; g < 8; g++) _mm512_store_si512(codes + 64 * g, group[g]);
     }
@@ -74,6 +78,7 @@ struct tile {
     float *out;              /* [n_t][ld], ROWS * n_p columns */
     size_t ld;
     bool carry;              /* starts from out instead of zero */
+    bool first_pass;         /* packed: prefetches; later tokens find the panels in the cache */
     size_t n_within, to_next; /* packed: blocks whose prefetch stays in the panel; from a panel's end
                                * to the panel that follows in this stream */
     /* Of the sums of q over a sub-block (32 columns at most): */
@@ -134,51 +139,64 @@ INLINE void store_acc(int n_p, int n_t, const struct tile *a, __m512 acc[4][TILE
             _mm512_storeu_ps(a->out + (size_t)t * a->ld + p * ROWS, acc[p][t]);
 }
 
+/* Scales the sums of block b of panel p and adds them up. */
+INLINE void add_block(struct sm_layout f, int n_t, const struct tile *a, size_t b, int p,
+                      const __m512i isum[TILE_TOKENS], __m512 acc[TILE_TOKENS]) {
+    const uint8_t *block = a->panel[p] + b * sm_layout_bytes(f);
+    __m512 dw = load_f16(block), mw = _mm512_setzero_ps();
+    if (f.mins) mw = load_f16(block + 2 * ROWS);
+    for (int t = 0; t < n_t; t++) {
+        size_t at = (size_t)t * a->row_blocks + b;
+        __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[at]));
+        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum[t]), scale, acc[t]);
+        if (f.mins) acc[t] = _mm512_fmadd_ps(mw, _mm512_set1_ps(a->s[at]), acc[t]);
+    }
+}
+
 /* Formats of one scale per 32 columns. */
-INLINE void plain_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct tile *a) {
+INLINE void plain_tile(struct sm_layout f, int n_p, int n_t, const struct tile *a) {
+    __m512 acc[4][TILE_TOKENS];
+    load_acc(n_p, n_t, a, acc);
+    for (size_t b = 0; b < a->n_blocks; b++) {
+        __m512i isum[2][TILE_TOKENS];
+        for (int t = 0; t < n_t; t++)
+            for (int p = 0; p < n_p; p++) isum[p][t] = seed_of(f, a, t, b);
+        const int8_t *q = a->q + SM_SLAB * b;
+        for (int g = 0; g < 8; g++) {
+            __m512i w[2];
+            for (int p = 0; p < n_p; p++)
+                w[p] = _mm512_loadu_si512(a->codes[p] + b * a->slab_step + g * 64);
+            for (int t = 0; t < n_t; t++) {
+                __m512i x = broadcast4(q + (size_t)t * a->stride + 4 * g);
+                for (int p = 0; p < n_p; p++)
+                    isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[p], x);
+            }
+        }
+        for (int p = 0; p < n_p; p++) add_block(f, n_t, a, b, p, isum[p], acc[p]);
+    }
+    store_acc(n_p, n_t, a, acc);
+}
+
+/* The same from the packed bytes: up to four panels of up to two tokens, or one of more. */
+INLINE void plain_packed_tile(struct sm_layout f, int n_p, int n_t, const struct tile *a) {
     const size_t step = sm_layout_bytes(f);
     __m512 acc[4][TILE_TOKENS];
     load_acc(n_p, n_t, a, acc);
     for (size_t b = 0; b < a->n_blocks; b++) {
-        __m512i isum[4][TILE_TOKENS];
-        for (int t = 0; t < n_t; t++)
-            for (int p = 0; p < n_p; p++) isum[p][t] = seed_of(f, a, t, b);
         const int8_t *q = a->q + SM_SLAB * b;
-        if (unpacked) {
-            for (int g = 0; g < 8; g++) {
-                __m512i w[2];
-                for (int p = 0; p < n_p; p++)
-                    w[p] = _mm512_loadu_si512(a->codes[p] + b * a->slab_step + g * 64);
-                for (int t = 0; t < n_t; t++) {
-                    __m512i x = broadcast4(q + (size_t)t * a->stride + 4 * g);
-                    for (int p = 0; p < n_p; p++)
-                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[p], x);
-                }
-            }
-        } else {
-            for (int p = 0; p < n_p; p++) {
-                const uint8_t *block = a->panel[p] + b * step;
-                prefetch(a, p, b, b * step, (b + 1) * step);
-                __m512i w[8];
-                load_slab(f, block + sm_layout_codes(f), w);
-#pragma GCC unroll 8
-                for (int g = 0; g < 8; g++)
-                    for (int t = 0; t < n_t; t++)
-                        isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[g],
-                                                         broadcast4(q + t * a->stride + 4 * g));
-            }
-        }
+        __m512i isum[4][TILE_TOKENS];
         for (int p = 0; p < n_p; p++) {
-            const uint8_t *block = a->panel[p] + b * step;
-            __m512 dw = load_f16(block), mw = _mm512_setzero_ps();
-            if (f.mins) mw = load_f16(block + 2 * ROWS);
-            for (int t = 0; t < n_t; t++) {
-                size_t at = t * a->row_blocks + b;
-                __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[at]));
-                acc[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum[p][t]), scale, acc[p][t]);
-                if (f.mins) acc[p][t] = _mm512_fmadd_ps(mw, _mm512_set1_ps(a->s[at]), acc[p][t]);
-            }
+            if (a->first_pass) prefetch(a, p, b, b * step, (b + 1) * step);
+            __m512i w[8];
+            load_slab(f, a->panel[p] + b * step + sm_layout_codes(f), w);
+            for (int t = 0; t < n_t; t++) isum[p][t] = seed_of(f, a, t, b);
+#pragma GCC unroll 8
+            for (int g = 0; g < 8; g++)
+                for (int t = 0; t < n_t; t++)
+                    isum[p][t] = _mm512_dpbusd_epi32(isum[p][t], w[g],
+                                                     broadcast4(q + (size_t)t * a->stride + 4 * g));
         }
+        for (int p = 0; p < n_p; p++) add_block(f, n_t, a, b, p, isum[p], acc[p]);
     }
     store_acc(n_p, n_t, a, acc);
 }
@@ -352,8 +370,11 @@ INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const 
     a.n_within = n_left > n_ahead ? n_left - n_ahead : 0;
     a.to_next = (size_t)(n_p - 1) * m->panel_bytes;
     prepare_sums(f, n_t, &a, acts->sum + at * sums, a.row_blocks * sums);
-    if (f.scales == SM_SCALES_NONE)
-        plain_tile(f, unpacked, n_p, n_t, &a);
+    a.first_pass = t == 0;
+    if (f.scales == SM_SCALES_NONE && unpacked)
+        plain_tile(f, n_p, n_t, &a);
+    else if (f.scales == SM_SCALES_NONE)
+        plain_packed_tile(f, n_p, n_t, &a);
     else if (unpacked)
         scaled_tile(f, n_p, n_t, &a);
     else
@@ -401,12 +422,32 @@ INLINE void run_packed(struct sm_layout f, int n_t, const struct sm_matmul *m) {
         }
 }
 
+/* 3 tokens to a few times TILE_TOKENS straight from the packed bytes, in tiles of about equal size. */
+INLINE void run_several(struct sm_layout f, const struct sm_matmul *m) {
+    const size_t all = m->acts->k_pad / (size_t)f.block, most = TILE_COLUMNS / (size_t)f.block;
+    const size_t n = m->n_tokens, n_tiles = (n + TILE_TOKENS - 1) / TILE_TOKENS;
+    for (size_t p = 0; p < m->n_panels; p++)
+        for (size_t b = 0; b < all; b += most)
+            for (size_t i = 0; i < n_tiles; i++) {
+                size_t t = n * i / n_tiles, n_t = n * (i + 1) / n_tiles - t;
+                size_t n_b = SM_MIN(all - b, most);
+                switch (n_t) {
+                case 3: run_tile(f, false, 1, 3, m, p, t, b, n_b); break;
+                case 4: run_tile(f, false, 1, 4, m, p, t, b, n_b); break;
+                case 5: run_tile(f, false, 1, 5, m, p, t, b, n_b); break;
+                default: run_tile(f, false, 1, TILE_TOKENS, m, p, t, b, n_b); break;
+                }
+            }
+}
+
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
     const size_t n = m->n_panels, all = m->acts->k_pad / (size_t)f.block;
     if (m->n_tokens == 1) {
         run_packed(f, 1, m);
     } else if (m->n_tokens == 2) {
         run_packed(f, 2, m);
+    } else if (f.scales == SM_SCALES_NONE && m->n_tokens < MANY_TOKENS) {
+        run_several(f, m);
     } else if (n == 1) {
         run_single(f, m);
     } else {
