@@ -40,6 +40,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "threads": options.threads, "formats": {}}
     probes = Probes()
     faults = []
+    head = ["", "tier", "MB/token", "prefill", "of the limit", "decode", "of the limit"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.gguf"
@@ -50,13 +51,13 @@ def main() -> None:
             results["formats"][type_name] = found
             found_faults = judge(found["speed"], found["tiers"]["smallm"], work, options)
             faults += [f"{type_name}: {fault}" for fault in found_faults]
-            rows += format_rows(type_name, work, found)
-            print(f"{type_name}: done", file=sys.stderr)
+            new = format_rows(type_name, work, found)
+            print(table(head, new), file=sys.stderr, flush=True)  # all of it takes a while
+            rows += new
     print(
         f"{results['machine']['cpu']}, {options.threads} threads; {options.layers} layers of "
         f"{options.shape}, {options.vocab} tokens; prefill of {N_PREFILL}, decode of {N_DECODE}"
     )
-    head = ["", "tier", "MB/token", "prefill", "of the limit", "decode", "of the limit"]
     print(table(head, rows))
     for fault in faults:
         print(f"DISCARD THIS RUN: {fault}")
