@@ -8,8 +8,8 @@
  *
  * A panel is unpacked to signed codes, COLUMNS columns at once (in L1), and used for all tokens;
  * longer rows carry their sums in `out`.  Fewer than TOKENS tokens, and the last ones that do not fill
- * a tile, go to AVX-512 VNNI.  So do formats with integer scales: their tiles would be as large but
- * hold 16 or 32 columns with work of their own, and were slower (check_kernels --bench). */
+ * a tile, go to AVX-512 VNNI.  So do formats with integer scales: each of their sub-blocks would
+ * cost a whole tile's store, and then the scaling besides. */
 #include <immintrin.h>
 #include <stdatomic.h>
 
