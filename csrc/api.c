@@ -164,7 +164,10 @@ int smallm_engine_open(const smallm_model *model, const smallm_engine_params *pa
     sm_model_get_info(model->model, &info);
     rc = judge_range("n_ctx", p.n_ctx, 0, info.n_ctx_train, " (the trained length)", err);
     if (rc == SMALLM_OK) rc = judge_range("kv_type", p.kv_type, 0, SMALLM_KV_F32, "", err);
+    if (rc == SMALLM_OK) rc = judge_range("timers", p.timers, 0, 1, "", err);
     if (rc != SMALLM_OK) return rc;
+    const char *timers = sm_env("SMALLM_TIMERS");
+    if (timers != NULL && strcmp(timers, "1") == 0) p.timers = 1;
     if (p.n_ctx == 0) p.n_ctx = info.n_ctx_train;
     if (p.n_batch == 0) p.n_batch = 512;
     return sm_engine_open(model->model, &p, out, err);
@@ -180,6 +183,14 @@ int smallm_engine_get_info(smallm_engine *engine, smallm_engine_info *out, small
     smallm_engine_info info;
     sm_engine_get_info(engine, &info);
     return sm_write_struct(out, &info, sizeof info, "smallm_engine_info", err);
+}
+
+int smallm_engine_timer(smallm_engine *engine, size_t i, smallm_timer *out, smallm_error *err) {
+    int rc = judge_engine(engine, err);
+    if (rc != SMALLM_OK) return rc;
+    smallm_timer timer = {.size = sizeof timer};
+    if (!sm_engine_timer(engine, i, &timer)) return SMALLM_DONE;
+    return sm_write_struct(out, &timer, sizeof timer, "smallm_timer", err);
 }
 
 static int judge_stops(const smallm_request_params *p, smallm_error *err) {

@@ -106,6 +106,7 @@ struct smallm_engine {
     /* Shared, under `lock`. */
     struct list submitted;
     smallm_engine_info info;
+    struct sm_timers timers;
 
     /* The thread's. */
     struct list active;
@@ -116,6 +117,7 @@ struct smallm_engine {
     int n_spans;
     int32_t prefill_cap;       /* prompt tokens of the next pass at most */
     bool prompts_turn;
+    uint64_t sample_ns;
 };
 
 /* ---- lists ----------------------------------------------------------------------------------- */
@@ -496,7 +498,12 @@ static void advance(smallm_engine *e, const struct sm_span *spans, smallm_reques
     for (int i = 0; i < n_spans; i++) e->info.n_tokens += (uint64_t)spans[i].n;
     e->info.n_cache_bytes = sm_session_cache_bytes(e->session);
     e->info.n_scratch_bytes = sm_session_scratch_bytes(e->session);
+    if (e->params.timed) {
+        e->timers = *sm_session_timers(e->session);
+        e->timers.ns[SM_TIMER_SAMPLE] = e->sample_ns;
+    }
     sm_lock_leave(e->lock);
+    uint64_t started = e->params.timed ? sm_clock_ns() : 0;
     for (int i = 0; i < n_spans; i++) {
         smallm_request *r = requests[i];
         int32_t done = (int32_t)sm_seq_length(r->seq);
@@ -514,6 +521,7 @@ static void advance(smallm_engine *e, const struct sm_span *spans, smallm_reques
         size_t last_row = spans[i].want == SM_WANT_ALL ? (size_t)spans[i].n - 1 : 0;
         next_token(e, r, spans[i].logits + last_row * (size_t)e->n_vocab);
     }
+    if (e->params.timed) e->sample_ns += sm_clock_ns() - started;
 }
 
 /* Runs spans [n] of requests [n].  Where memory is short, kept sequences go first.  What then still
@@ -599,7 +607,8 @@ int sm_engine_open(const struct sm_model *model, const smallm_engine_params *par
                                            .n_ctx = params->n_ctx,
                                            .n_batch = params->n_batch,
                                            .kv_type = params->kv_type,
-                                           .memory_limit = params->memory_limit};
+                                           .memory_limit = params->memory_limit,
+                                           .timed = params->timers == 1};
     e->prefill_cap = params->n_batch;
     rc = sm_session_new(model, &e->params, &e->session, err); /* judges n_batch: first */
     if (rc != SMALLM_OK) goto close;
@@ -651,6 +660,15 @@ void sm_engine_get_info(smallm_engine *e, smallm_engine_info *out) {
     sm_lock_enter(e->lock);
     *out = e->info;
     sm_lock_leave(e->lock);
+}
+
+bool sm_engine_timer(smallm_engine *e, size_t i, smallm_timer *out) {
+    if (!e->params.timed || i >= SM_TIMER_COUNT) return false;
+    sm_timer_name((enum sm_timer)i, out->name, sizeof out->name);
+    sm_lock_enter(e->lock);
+    out->seconds = (double)e->timers.ns[i] * 1e-9;
+    sm_lock_leave(e->lock);
+    return true;
 }
 
 int64_t sm_engine_process(const smallm_engine *e) { return e->process; }

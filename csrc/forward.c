@@ -91,7 +91,8 @@ void sm_forward(const struct sm_pass *p) {
     const struct sm_model *m = p->model;
     const struct sm_batch *batch = p->batch;
     size_t n_embd = (size_t)m->h.n_embd;
-    sm_ops_each(p->ops, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, embed_tokens, (void *)p);
+    sm_ops_each(p->ops, SM_TIMER_EMBED, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, embed_tokens,
+                (void *)p);
     for (int i = 0; i < m->h.n_layer; i++) run_layer(p, i);
 
     /* logits = W_head norm(x) + b_head, of the wanted tokens only */

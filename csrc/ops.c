@@ -1,14 +1,24 @@
 /* Phases over the pool: prepare activations, multiply panels, finish rows. */
 #include "ops.h"
 
+#include "os.h"
+
 /* Floats of finished rows a thread keeps before it hands them on: 256 KB, inside L2. */
 #define TILE_FLOATS ((size_t)65536)
 /* What a thread takes at once: little enough that the last to finish is not late. */
 #define PANELS_AT_ONCE 8 /* two fours of a GEMV, whole pairs of a GEMM */
 #define TOKENS_AT_ONCE 4
 
+/* What a thread does, and since when (sm_clock_ns). */
+struct watch {
+    enum sm_timer timer;
+    uint64_t since;
+    struct sm_timers sum;
+};
+
 /* One thread's own memory. */
 struct local {
+    struct watch *watch; /* NULL: nobody asks */
     uint8_t *scratch;   /* SM_SCRATCH_BYTES, for kernels */
     float *own;         /* [SM_LOCAL_FLOATS], for sm_ops_each */
     float *row;         /* [k_max], room for a source's row before it is prepared */
@@ -22,18 +32,21 @@ struct sm_ops {
     size_t n_tokens, k_max;
     uint8_t *acts[SM_ACT_COUNT]; /* activations of n_tokens tokens, shared */
     struct local *locals;        /* [n_threads] */
+    struct watch *watches;       /* [n_threads], or NULL */
+    int n_threads;
     uint8_t *memory;
     size_t n_bytes;
     const atomic_bool *cancel;
     _Atomic int status;
 };
 
-int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels,
+int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels, bool timed,
                struct sm_ops **out, smallm_error *err) {
     *out = NULL;
     struct sm_ops *o = sm_calloc(1, sizeof *o);
     if (o == NULL) return sm_fail(err, SMALLM_E_MEMORY, "no memory for scratch");
     o->kernels = kernels;
+    o->n_threads = n_threads;
     o->n_tokens = n_tokens;
     o->k_max = sm_round_up(k_max, 256);
     int status = sm_pool_new(n_threads, &o->pool, err);
@@ -41,6 +54,11 @@ int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_ker
     status = SMALLM_E_MEMORY;
     o->locals = sm_calloc((size_t)n_threads, sizeof o->locals[0]);
     if (o->locals == NULL) goto fail;
+    if (timed) {
+        o->watches = sm_calloc((size_t)n_threads, sizeof o->watches[0]);
+        if (o->watches == NULL) goto fail;
+        for (int i = 0; i < n_threads; i++) o->locals[i].watch = &o->watches[i];
+    }
 
     size_t shared[SM_ACT_COUNT], own[SM_ACT_COUNT], per_thread = 0;
     for (int a = 0; a < SM_ACT_COUNT; a++) {
@@ -89,15 +107,37 @@ void sm_ops_free(struct sm_ops *o) {
     if (o == NULL) return;
     sm_pool_free(o->pool);
     sm_free(o->locals);
+    sm_free(o->watches);
     sm_free(o->memory);
     sm_free(o);
 }
 
 uint64_t sm_ops_bytes(const struct sm_ops *o) { return o->n_bytes; }
 
+/* From now on the thread does `timer`. */
+static void turn_to(struct local *l, enum sm_timer timer) {
+    struct watch *w = l->watch;
+    if (w == NULL) return;
+    uint64_t now = sm_clock_ns();
+    w->sum.ns[w->timer] += now - w->since;
+    w->since = now;
+    w->timer = timer;
+}
+
+/* Between passes and between phases nobody but the pass's thread touches a watch. */
 void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel) {
     o->cancel = cancel;
     atomic_store(&o->status, SMALLM_OK);
+    uint64_t now = o->watches != NULL ? sm_clock_ns() : 0;
+    for (int i = 0; i < o->n_threads && o->watches != NULL; i++)
+        o->watches[i] = (struct watch){.timer = i == 0 ? SM_TIMER_SERIAL : SM_TIMER_WAIT, .since = now};
+}
+
+void sm_ops_end(struct sm_ops *o, struct sm_timers *timers) {
+    for (int i = 0; i < o->n_threads && o->watches != NULL; i++) {
+        turn_to(&o->locals[i], SM_TIMER_WAIT);
+        for (int t = 0; t < SM_TIMER_COUNT; t++) timers->ns[t] += o->watches[i].sum.ns[t];
+    }
 }
 
 void sm_ops_fail(struct sm_ops *o, int status) {
@@ -110,7 +150,9 @@ int sm_ops_status(struct sm_ops *o) { return atomic_load_explicit(&o->status, me
 static void run_phase(struct sm_ops *o, size_t n, size_t grain, sm_phase_fn *fn, void *arg) {
     if (o->cancel != NULL && atomic_load_explicit(o->cancel, memory_order_relaxed))
         sm_ops_fail(o, SMALLM_E_CANCELLED);
-    if (sm_ops_status(o) == SMALLM_OK) sm_pool_run(o->pool, n, grain, fn, arg);
+    if (sm_ops_status(o) != SMALLM_OK) return;
+    sm_pool_run(o->pool, n, grain, fn, arg);
+    turn_to(&o->locals[0], SM_TIMER_SERIAL);
 }
 
 /* ---- sources --------------------------------------------------------------------------------------------- */
@@ -154,6 +196,7 @@ struct project {
     const struct sm_product *products;
     size_t n_products, n_listed;   /* n_listed: whose panels are counted; up follows gate */
     size_t n, rows;                /* tokens; rows of activations: n, or 2 n where fine */
+    bool head;                     /* for the timers */
     bool fine;                     /* row 2 t is token t, row 2 t + 1 what rounding it lost */
     bool wants[SM_ACT_COUNT];      /* activation formats the products read */
     float *gated;                  /* sm_ops_gated's out: products[0] and [1] are gate and up */
@@ -197,9 +240,11 @@ static void prepare_phase(void *arg, int thread, struct sm_work *work) {
     const struct project *p = arg;
     struct sm_acts acts[SM_ACT_COUNT];
     place_acts(p, p->o->acts, acts);
+    struct local *l = &p->o->locals[thread];
     size_t begin, end;
-    while (sm_work_take(work, thread, &begin, &end))
-        prepare_tokens(p, begin, end, p->o->locals[thread].row, acts);
+    turn_to(l, SM_TIMER_PREPARE);
+    while (sm_work_take(work, thread, &begin, &end)) prepare_tokens(p, begin, end, l->row, acts);
+    turn_to(l, SM_TIMER_WAIT);
 }
 
 /* Panels first .. first + n_panels - 1 of w for all rows into out [rows][ld]. */
@@ -212,7 +257,9 @@ static void multiply(const struct project *p, const struct sm_matrix *w,
         .n_panels = n_panels, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->rows,
         .scratch = l->scratch,
     };
+    turn_to(l, p->head ? SM_TIMER_HEAD : SM_TIMER_MATMUL + (enum sm_timer)w->type);
     p->o->kernels->matmul[w->type](&m);
+    turn_to(l, SM_TIMER_FINISH);
 }
 
 /* tile [n][ld] += the product's bias, for rows row .. row + n_rows - 1. */
@@ -289,6 +336,7 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
     struct sm_acts acts[SM_ACT_COUNT];
     size_t begin, end;
     if (p->rows < SM_FEW) {
+        turn_to(l, SM_TIMER_PREPARE);
         place_acts(p, l->acts, acts);
         prepare_tokens(p, 0, p->n, l->row, acts);
     } else {
@@ -303,6 +351,7 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
             base += n;
         }
     }
+    turn_to(l, SM_TIMER_WAIT);
 }
 
 static void run_project(struct project *p) {
@@ -324,19 +373,16 @@ void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
 
 void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
                          const struct sm_product *product) {
-    if (sm_quants[product->w->type].act == SM_ACT_F32) { /* nothing is rounded */
-        sm_ops_project(o, n, s, product, 1);
-        return;
-    }
+    bool fine = sm_quants[product->w->type].act != SM_ACT_F32; /* else nothing is rounded */
     /* The shared activations have room for n_tokens rows: half as many tokens. */
-    size_t most = SM_MAX(o->n_tokens / 2, 1);
+    size_t most = fine ? SM_MAX(o->n_tokens / 2, 1) : o->n_tokens;
     for (size_t t = 0; t < n; t += most) {
         struct sm_source source = *s;
         struct sm_product part = *product;
         source.x += t * source.stride;
         part.rows += t;
         struct project p = {.o = o, .s = &source, .products = &part, .n_products = 1,
-                            .n = SM_MIN(most, n - t), .fine = true};
+                            .n = SM_MIN(most, n - t), .fine = fine, .head = true};
         run_project(&p);
     }
 }
@@ -355,16 +401,19 @@ struct each {
     struct sm_ops *o;
     sm_item_fn *run;
     void *context;
+    enum sm_timer timer;
 };
 
 static void each_phase(void *arg, int thread, struct sm_work *work) {
     struct each *e = arg;
     struct local *l = &e->o->locals[thread];
     size_t item, end;
+    turn_to(l, e->timer);
     while (sm_work_take(work, thread, &item, &end)) e->run(e->context, item, l->scratch, l->own);
+    turn_to(l, SM_TIMER_WAIT);
 }
 
-void sm_ops_each(struct sm_ops *o, size_t n, sm_item_fn *run, void *context) {
-    struct each e = {.o = o, .run = run, .context = context};
+void sm_ops_each(struct sm_ops *o, enum sm_timer timer, size_t n, sm_item_fn *run, void *context) {
+    struct each e = {.o = o, .run = run, .context = context, .timer = timer};
     run_phase(o, n, 1, each_phase, &e);
 }

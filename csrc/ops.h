@@ -14,6 +14,7 @@
 
 #include "model.h"
 #include "threads.h"
+#include "timers.h"
 
 #define SM_FEW 4
 
@@ -43,8 +44,8 @@ struct sm_product {
 
 struct sm_ops;
 
-/* Buffers for at most n_tokens tokens; k_max: the longest row any product reads. */
-int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels,
+/* Buffers for at most n_tokens tokens; k_max: the longest row any product reads; timed: keeps timers. */
+int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels, bool timed,
                struct sm_ops **out, smallm_error *err);
 void sm_ops_free(struct sm_ops *o); /* NULL allowed */
 uint64_t sm_ops_bytes(const struct sm_ops *o);
@@ -53,6 +54,8 @@ uint64_t sm_ops_bytes(const struct sm_ops *o);
 void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel);
 /* SMALLM_OK, SMALLM_E_CANCELLED or what sm_ops_fail was told first. */
 int sm_ops_status(struct sm_ops *o);
+/* Ends a pass: adds where its time went to *timers, where it is kept. */
+void sm_ops_end(struct sm_ops *o, struct sm_timers *timers);
 void sm_ops_fail(struct sm_ops *o, int status); /* any thread */
 
 /* Sources. */
@@ -77,10 +80,11 @@ void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
                   const struct sm_product *up, float *out, size_t stride);
 
-/* run(context, item, scratch) for every item < n, in any order on any thread.  scratch:
+/* run(context, item, scratch) for every item < n, in any order on any thread; its time counts as
+ * `timer`.  scratch:
  * SM_SCRATCH_BYTES for kernels, followed by SM_LOCAL_FLOATS floats of the caller's. */
 #define SM_LOCAL_FLOATS ((size_t)SM_ATTEND_MAX * (3 * SM_HEAD_MAX + 4))
 typedef void sm_item_fn(void *context, size_t item, void *scratch, float *local);
-void sm_ops_each(struct sm_ops *o, size_t n, sm_item_fn *run, void *context);
+void sm_ops_each(struct sm_ops *o, enum sm_timer timer, size_t n, sm_item_fn *run, void *context);
 
 #endif

@@ -16,6 +16,7 @@ struct sm_session {
     float *floats;              /* what buffers point into, but partial */
     size_t n_float_bytes;
     size_t cap_partial;         /* floats */
+    struct sm_timers timers;
     /* The batch's arrays, [n_batch] each. */
     int32_t *tokens;
     int *positions;
@@ -56,7 +57,8 @@ static int allocate(struct sm_session *s, smallm_error *err) {
         at += sm_round_up(n * parts[i].width, SM_ALIGN);
     }
     size_t k_max = SM_MAX(SM_MAX(n_embd, q_size), (size_t)h->n_ff);
-    return sm_ops_new(s->params.n_threads, n, k_max, s->model->kernels, &s->ops, err);
+    return sm_ops_new(s->params.n_threads, n, k_max, s->model->kernels, s->params.timed,
+                      &s->ops, err);
 }
 
 int sm_session_new(const struct sm_model *model, const struct sm_session_params *params,
@@ -227,6 +229,7 @@ int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_span
     uint64_t fpenv = sm_fpenv_enter();
     sm_ops_begin(s->ops, cancel);
     sm_forward(&pass);
+    sm_ops_end(s->ops, &s->timers);
     sm_fpenv_leave(fpenv);
     status = sm_ops_status(s->ops);
     switch (status) {
@@ -240,6 +243,8 @@ int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_span
     for (int i = 0; i < n_spans; i++) spans[i].seq->n += spans[i].n;
     return SMALLM_OK;
 }
+
+const struct sm_timers *sm_session_timers(const struct sm_session *s) { return &s->timers; }
 
 uint64_t sm_session_cache_bytes(const struct sm_session *s) { return s->cache.n_bytes; }
 

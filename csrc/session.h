@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 
 #include "model.h"
+#include "timers.h"
 
 struct sm_session;
 struct sm_seq; /* the tokens' K and V of one text; pages are shared between forks */
@@ -15,6 +16,7 @@ struct sm_seq; /* the tokens' K and V of one text; pages are shared between fork
 struct sm_session_params {
     int n_threads, n_ctx, n_batch, kv_type; /* all resolved: no zeros */
     uint64_t memory_limit;                  /* bytes, 0: none */
+    bool timed;                             /* keeps timers */
 };
 
 int sm_session_new(const struct sm_model *model, const struct sm_session_params *params,
@@ -45,6 +47,9 @@ struct sm_span { /* the next tokens of one sequence */
  * SMALLM_E_BUDGET / SMALLM_E_MEMORY where the cache cannot grow. */
 int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_spans,
                    const atomic_bool *cancel, smallm_error *err);
+
+/* Where the time of all passes so far went; all 0 where it is not kept. */
+const struct sm_timers *sm_session_timers(const struct sm_session *s);
 
 uint64_t sm_session_cache_bytes(const struct sm_session *s);
 uint64_t sm_session_scratch_bytes(const struct sm_session *s);

@@ -148,6 +148,7 @@ typedef struct smallm_engine_params {
     int32_t n_batch;       /* tokens in one forward pass; 0: 512 */
     int32_t kv_type;       /* smallm_kv_type */
     uint64_t memory_limit; /* bytes for KV cache and scratch, 0: none */
+    int32_t timers;        /* 1: keeps smallm_engine_timer's sums; 0: only where SMALLM_TIMERS=1 */
 } smallm_engine_params;
 
 /* `params` may be NULL.  The model must outlive the engine. */
@@ -169,6 +170,16 @@ typedef struct smallm_engine_info {
 } smallm_engine_info;
 
 int smallm_engine_get_info(smallm_engine *engine, smallm_engine_info *out, smallm_error *err);
+
+typedef struct smallm_timer {
+    size_t size;
+    char name[32];  /* "wait", "attention", "matmul Q4_1", ... */
+    double seconds; /* summed over the threads */
+} smallm_timer;
+
+/* Where the engine's threads spent the time of the forward passes so far: entry `i`; SMALLM_DONE past
+ * the last one, which is the first one where timers are not kept. */
+int smallm_engine_timer(smallm_engine *engine, size_t i, smallm_timer *out, smallm_error *err);
 
 /* Sampling, applied in this order: penalties, bias, mask, top_k, typical, top_p, min_p, temperature. */
 typedef struct smallm_sampling {

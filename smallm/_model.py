@@ -81,6 +81,7 @@ class ModelInfo(NamedTuple):
     forward_passes: int  #: run so far
     forward_tokens: int  #: that those passes held
     running: int  #: requests running or waiting
+    timers: dict[str, float]  #: seconds of the threads by what they did; kept with SMALLM_TIMERS=1
 
 
 class _Handles:
@@ -211,6 +212,16 @@ class Model:
         check(on(self._live().engine, lib.smallm_engine_get_info, out, error), error)
         return out
 
+    def _timers(self) -> dict[str, float]:
+        timer, error, sums = new("timer"), new("error"), {}
+        for i in count():
+            status = on(self._live().engine, lib.smallm_engine_timer, i, timer, error)
+            if status == lib.SMALLM_DONE:
+                return sums
+            check(status, error)
+            if timer.seconds > 0:
+                sums[text(timer.name)] = timer.seconds
+
     @property
     def info(self) -> ModelInfo:
         """Facts about the model, its memory and what it has run so far."""
@@ -243,6 +254,7 @@ class Model:
             forward_passes=engine.n_forward,
             forward_tokens=engine.n_tokens,
             running=engine.n_running,
+            timers=self._timers(),
         )
 
     @property

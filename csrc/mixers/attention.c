@@ -209,12 +209,13 @@ void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention 
             size_t n_chunks = (size_t)(position / SM_CHUNK - first_chunk(a, position) + 1);
             a->items_before[t + 1] = a->items_before[t] + n_chunks * a->n_head_kv;
         }
-        sm_ops_each(p->ops, a->items_before[batch->n], decode_item, a);
+        sm_ops_each(p->ops, SM_TIMER_ATTENTION, a->items_before[batch->n], decode_item, a);
         *out = (struct sm_source){.row = decode_row, .kernels = p->model->kernels, .context = a,
                                   .k = q_size};
     } else {
-        sm_ops_each(p->ops, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, store_item, a);
-        sm_ops_each(p->ops, batch->n_blocks * a->n_head_kv, block_item, a);
+        sm_ops_each(p->ops, SM_TIMER_ATTENTION, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
+                    store_item, a);
+        sm_ops_each(p->ops, SM_TIMER_ATTENTION, batch->n_blocks * a->n_head_kv, block_item, a);
         *out = sm_source_rows(p->buffers->q, q_size, q_size);
     }
 }
