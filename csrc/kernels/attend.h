@@ -1,22 +1,24 @@
 /* How the vector tiers walk through attention; what differs between them comes in as functions.
  *
  * Queries go in tiles of up to SM_TILE_Q.  All tiles pass over a page while it is in the nearest
- * cache; float16 is widened as it is loaded, which the sums hide.  A few queries wait for memory
- * only, and pages are too short for the processor to guess what comes next, so each page's loads
- * ask for the next page's.
+ * cache.  One tile widens float16 as it loads it, which waiting for memory hides; for several, a page
+ * is widened once.  Pages are too short for the processor to guess what comes next, so each page's
+ * loads ask for the next page's.
  *
- * Scratch: scores [n_q][SM_CHUNK], which become the e_j. */
+ * Scratch: scores [n_q][SM_SCORE_STRIDE], which become the e_j; behind SM_ATTEND_MAX of them a widened page. */
 #ifndef SM_ATTEND_H
 #define SM_ATTEND_H
 
 #include "kernels.h"
 
 #define SM_TILE_Q 6
+/* Floats between rows of scores: with SM_CHUNK alone they would share a few of the cache's sets. */
+#define SM_SCORE_STRIDE (SM_CHUNK + 16)
 
 /* One tile of queries against positions [lo, hi) of one page. */
 struct sm_part {
     const float *q;         /* [n_q][head] */
-    float *weight;          /* [n_q][SM_CHUNK] scores, then e_j */
+    float *weight;          /* [n_q][SM_SCORE_STRIDE] scores, then e_j */
     float *o;               /* [n_q][head] */
     size_t n_q, head;
     const void *page;       /* K or V, from position `base` on */
@@ -32,6 +34,9 @@ typedef void sm_softmax_fn(float *score, size_t begin, size_t end, size_t lo, si
 /* o += e_j v_j; positions outside a query's own range have e_j = 0, and v is finite. */
 typedef void sm_value_fn(bool half, const struct sm_part *p);
 
+/* out [n] = the n float16 values at `page`, n a multiple of 4; asks for as many at `next`. */
+typedef void sm_widen_fn(const uint16_t *page, const uint16_t *next, size_t n, float *out);
+
 /* Queries [first, first + n_q) and the positions that any of them sees. */
 struct sm_tile {
     size_t first, n_q, lo, hi;
@@ -41,16 +46,25 @@ struct sm_tile {
 static inline struct sm_part sm_part_of(const struct sm_attend *a, const struct sm_tile *t,
                                         size_t page) {
     return (struct sm_part){.q = a->q + t->first * a->head,
-                            .weight = (float *)a->scratch + t->first * SM_CHUNK,
+                            .weight = (float *)a->scratch + t->first * SM_SCORE_STRIDE,
                             .o = a->o + t->first * a->head,
                             .n_q = t->n_q, .head = a->head, .base = page * SM_PAGE,
                             .lo = SM_MAX(page * SM_PAGE, t->lo),
                             .hi = SM_MIN((page + 1) * SM_PAGE, t->hi)};
 }
 
+/* Widens positions lo .. hi - 1 of a page that starts at position `base`; the widened page. */
+static inline const void *sm_widen_part(const struct sm_attend *a, sm_widen_fn *widen, size_t base,
+                                        size_t lo, size_t hi, const void *page, const void *next) {
+    float *wide = (float *)a->scratch + SM_ATTEND_MAX * SM_SCORE_STRIDE;
+    size_t from = (lo - base) * a->head;
+    widen((const uint16_t *)page + from, (const uint16_t *)next + from, (hi - lo) * a->head, wide + from);
+    return wide;
+}
+
 static inline __attribute__((always_inline)) void
 sm_attend_tiles(const struct sm_attend *a, bool half, sm_score_fn *score, sm_softmax_fn *softmax,
-                sm_value_fn *value) {
+                sm_value_fn *value, sm_widen_fn *widen) {
     struct sm_tile tile[(SM_ATTEND_MAX + SM_TILE_Q - 1) / SM_TILE_Q];
     size_t n_tiles = (a->n_q + SM_TILE_Q - 1) / SM_TILE_Q, lo = SM_CHUNK, hi = 0;
     for (size_t t = 0, i = 0; t < n_tiles; t++) {
@@ -64,29 +78,41 @@ sm_attend_tiles(const struct sm_attend *a, bool half, sm_score_fn *score, sm_sof
         tile[t] = s;
     }
     const size_t first = lo / SM_PAGE, last = (hi - 1) / SM_PAGE;
+    const bool once = half && n_tiles > 1;
 
-    for (size_t page = first; page <= last; page++)
+    for (size_t page = first; page <= last; page++) {
+        const size_t base = page * SM_PAGE, end = SM_MIN(base + SM_PAGE, sm_round_up(hi, 16));
+        const void *k = a->k[page], *next = page < last ? a->k[page + 1] : a->v[first];
+        if (once) k = sm_widen_part(a, widen, base, SM_MAX(base, lo / 16 * 16), end, k, next);
         for (size_t t = 0; t < n_tiles; t++) {
             struct sm_part p = sm_part_of(a, &tile[t], page);
-            p.page = a->k[page];
-            p.next = page < last ? a->k[page + 1] : a->v[first];
+            p.page = k;
+            p.next = next;
             p.lo = p.lo / 16 * 16;
             p.hi = sm_round_up(p.hi, 16);
-            score(half, &p);
+            if (once) score(false, &p);
+            else score(half, &p);
         }
+    }
     for (size_t t = 0; t < n_tiles; t++)
         for (size_t i = tile[t].first; i < tile[t].first + tile[t].n_q; i++)
-            softmax((float *)a->scratch + i * SM_CHUNK, tile[t].lo / 16 * 16,
+            softmax((float *)a->scratch + i * SM_SCORE_STRIDE, tile[t].lo / 16 * 16,
                     sm_round_up(tile[t].hi, 16), (size_t)a->lo[i], (size_t)a->hi[i], a->m + i,
                     a->l + i);
     memset(a->o, 0, a->n_q * a->head * sizeof *a->o);
-    for (size_t page = first; page <= last; page++)
+    for (size_t page = first; page <= last; page++) {
+        const size_t base = page * SM_PAGE;
+        const void *v = a->v[page], *next = a->v[SM_MIN(page + 1, last)];
+        if (once)
+            v = sm_widen_part(a, widen, base, SM_MAX(base, lo), SM_MIN(base + SM_PAGE, hi), v, next);
         for (size_t t = 0; t < n_tiles; t++) {
             struct sm_part p = sm_part_of(a, &tile[t], page);
-            p.page = a->v[page];
-            p.next = a->v[SM_MIN(page + 1, last)];
-            value(half, &p);
+            p.page = v;
+            p.next = next;
+            if (once) value(false, &p);
+            else value(half, &p);
         }
+    }
     for (size_t i = 0; i < a->n_q * a->head; i++) a->o[i] += 0.0f;
 }
 

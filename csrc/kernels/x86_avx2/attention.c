@@ -47,7 +47,7 @@ INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, siz
     }
     for (int v = 0; v < n_v; v++)
         for (int i = 0; i < n_q; i++)
-            _mm256_storeu_ps(p->weight + i * SM_CHUNK + j + 8 * v, acc[v][i]);
+            _mm256_storeu_ps(p->weight + i * SM_SCORE_STRIDE + j + 8 * v, acc[v][i]);
 }
 
 INLINE void score_queries(bool half, int n_v, int n_q, const struct sm_part *p) {
@@ -118,7 +118,7 @@ INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_p
         for (int v = 0; v < n_v; v++)
             value[v] = four ? load_four(half, page, at) : load(half, page, at + 8 * v);
         for (int i = 0; i < n_q; i++) {
-            __m256 e = _mm256_broadcast_ss(weight + i * SM_CHUNK + j);
+            __m256 e = _mm256_broadcast_ss(weight + i * SM_SCORE_STRIDE + j);
             for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(e, value[v], acc[v][i]);
         }
     }
@@ -149,13 +149,22 @@ INLINE void value_part(bool half, const struct sm_part *p) {
     }
 }
 
+INLINE void widen(const uint16_t *page, const uint16_t *next, size_t n, float *out) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        if (i % 32 == 0) prefetch(next, i, 32);
+        _mm256_storeu_ps(out + i, load(true, page, i));
+    }
+    if (i < n) _mm_storeu_ps(out + i, _mm256_castps256_ps128(load_four(true, page, i)));
+}
+
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, true, score_part, softmax, value_part);
+    sm_attend_tiles(a, true, score_part, softmax, value_part, widen);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, false, score_part, softmax, value_part);
+    sm_attend_tiles(a, false, score_part, softmax, value_part, widen);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {

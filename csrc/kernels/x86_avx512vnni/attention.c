@@ -46,7 +46,7 @@ INLINE void score_tile(bool half, int n_g, int n_q, const struct sm_part *p, siz
     }
     for (int g = 0; g < n_g; g++)
         for (int i = 0; i < n_q; i++)
-            _mm512_storeu_ps(p->weight + i * SM_CHUNK + j + 16 * g, acc[g][i]);
+            _mm512_storeu_ps(p->weight + i * SM_SCORE_STRIDE + j + 16 * g, acc[g][i]);
 }
 
 INLINE void score_some(bool half, int n_g, const struct sm_part *p, size_t j) {
@@ -69,6 +69,7 @@ INLINE void score_part(bool half, const struct sm_part *p) {
 
 /* Lanes of positions j .. j + 15 inside [lo, hi). */
 INLINE __mmask16 valid(size_t j, size_t lo, size_t hi) {
+    if (lo <= j && j + 16 <= hi) return 0xffff;
     return lanes_below(hi > j ? hi - j : 0) & (__mmask16)~lanes_below(lo > j ? lo - j : 0);
 }
 
@@ -110,7 +111,7 @@ INLINE void value_tile(bool half, int n_v, int n_q, const struct sm_part *p, siz
         for (int c = 0; c < n_v; c++)
             value[c] = n_v > 1 ? load(half, page, at + 16 * c) : load_masked(half, page, at, mask);
         for (int i = 0; i < n_q; i++) {
-            __m512 e = _mm512_set1_ps(weight[i * SM_CHUNK + j]);
+            __m512 e = _mm512_set1_ps(weight[i * SM_SCORE_STRIDE + j]);
             for (int c = 0; c < n_v; c++) acc[c][i] = _mm512_fmadd_ps(e, value[c], acc[c][i]);
         }
     }
@@ -142,13 +143,22 @@ INLINE void value_part(bool half, const struct sm_part *p) {
     for (; d < p->head; d += 16) value_some(half, 1, p, d);
 }
 
+INLINE void widen(const uint16_t *page, const uint16_t *next, size_t n, float *out) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        if (i % 32 == 0) prefetch(next, i, 32);
+        _mm512_storeu_ps(out + i, load(true, page, i));
+    }
+    if (i < n) _mm512_mask_storeu_ps(out + i, lanes_below(n - i), load_masked(true, page, i, lanes_below(n - i)));
+}
+
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, true, score_part, softmax, value_part);
+    sm_attend_tiles(a, true, score_part, softmax, value_part, widen);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, false, score_part, softmax, value_part);
+    sm_attend_tiles(a, false, score_part, softmax, value_part, widen);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {
