@@ -18,11 +18,13 @@ struct sm_batch {
     struct sm_seq *const *seqs; /* [n], pages reserved up to the tokens' positions */
     const struct sm_block *blocks; /* [n_blocks], at most SM_ATTEND_MAX / (heads per kv head) tokens each */
     size_t n_blocks;
-    bool alone;                 /* fewer than SM_FEW tokens, each of another sequence: decode */
+    bool alone;                 /* at most SM_ALONE_MAX tokens, each of another sequence: decode */
     const size_t *wanted;       /* [n_wanted] tokens whose logits are asked for */
     float *const *logits;       /* [n_wanted] pointers to [n_vocab] */
     size_t n_wanted;
 };
+
+#define SM_ALONE_MAX 32
 
 /* Activations of a pass; sizes for n_tokens tokens. */
 struct sm_buffers {
@@ -32,7 +34,7 @@ struct sm_buffers {
     float *h;          /* [n][n_ff] */
     float *cos, *sin;  /* [n][n_rot / 2] */
     float *wanted;     /* [n][n_embd] rows of x whose logits are wanted */
-    float *partial;    /* decode: [SM_FEW - 1][n_head][max_chunks][head + 2], see mixers/attention.c */
+    float *partial;    /* decode: [n][n_head][max_chunks][head + 2], see mixers/attention.c */
     size_t max_chunks;
 };
 
@@ -54,7 +56,7 @@ struct sm_attention {
     size_t group;                /* query heads of a kv head */
     size_t head, n_head_kv;
     float scale;                 /* 1 / sqrt(head) */
-    size_t items_before[SM_FEW]; /* decode: items of earlier tokens; [n] is their number */
+    size_t items_before[SM_ALONE_MAX + 1]; /* decode: items of earlier tokens; [n] is their number */
 };
 
 /* mixers/attention.c: q, k, v of the batch -> *out, a source of rows [n_head * head] that is good

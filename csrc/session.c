@@ -168,7 +168,7 @@ static int reserve_partial(struct sm_session *s, const struct sm_batch *batch, s
     size_t n_chunks = 0;
     for (size_t t = 0; t < batch->n; t++)
         n_chunks = SM_MAX(n_chunks, (size_t)batch->positions[t] / SM_CHUNK + 1);
-    size_t need = (SM_FEW - 1) * (size_t)h->n_head * n_chunks * (size_t)(h->head + 2);
+    size_t need = batch->n * (size_t)h->n_head * n_chunks * (size_t)(h->head + 2);
     s->buffers.max_chunks = n_chunks;
     if (need > s->cap_partial) { /* grows by doubling, so that decode hardly ever allocates */
         size_t cap = SM_MAX(need, 2 * s->cap_partial);
@@ -210,7 +210,7 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
                 (struct sm_block){.first = batch->n + t, .n = SM_MIN(block_tokens, n - t)};
         batch->n += n;
     }
-    if (batch->n >= SM_FEW) batch->alone = false;
+    if (batch->n > SM_ALONE_MAX) batch->alone = false;
 }
 
 int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_spans,

@@ -4,10 +4,11 @@
  * exact int32 sums, which AVX-512 then scales and adds up as the contract says, some blocks later.
  * A panel's unpacked group of 4 columns, [16 rows][4], is a row of the tile unit's second operand as
  * it stands.  Storing a tile costs as much as multiplying it, however few its rows, so tiles have
- * all 16.
+ * all 16: 16 tokens in one block of 32 columns, or 8 tokens in two neighbouring blocks, with
+ * activations that are zero outside a row's own block.
  *
  * A panel is unpacked to signed codes, COLUMNS columns at once (in L1), and used for all tokens;
- * longer rows carry their sums in `out`.  Fewer than TOKENS tokens, and the last ones that do not fill
+ * longer rows carry their sums in `out`.  Fewer than 8 tokens, and the last ones that do not fill
  * a tile, go to AVX-512 VNNI.  So do formats with integer scales: each of their sub-blocks would
  * cost a whole tile's store, and then the scaling besides. */
 #include <immintrin.h>
@@ -20,12 +21,13 @@
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS SM_PANEL_ROWS
 #define TOKENS 16
+#define HALF (TOKENS / 2)
 #define COLUMNS 1024
-#define PREFETCH_BYTES 2048 /* ahead, where the next panel follows */
 #define RING 4 /* blocks whose sums are on their way or waiting */
 
-/* Where things lie in a call's scratch. */
+/* Where things lie in a call's scratch: codes, the ring, activations of a half tile. */
 #define CODES_BYTES ((size_t)COLUMNS * ROWS)
+#define RING_BYTES ((size_t)RING * TOKENS * ROWS * 4)
 
 /* ---- codes ------------------------------------------------------------------------------------------------- */
 
@@ -38,8 +40,6 @@ INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, siz
     const __m512i bias = _mm512_set1_epi8((char)f.bias);
     for (size_t i = first; i < first + n_blocks; i++, codes += 8 * 64) {
         const uint8_t *slab = panel + i * sm_layout_bytes(f) + sm_layout_codes(f);
-        for (size_t j = 0; j < sm_layout_slab(f); j += 64)
-            _mm_prefetch(slab + PREFETCH_BYTES + j, _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int g = 0; g < 8; g++) {
             __m512i x = _mm512_loadu_si512(slab + 64 * (g % f.low));
@@ -67,24 +67,25 @@ struct tile_config {
     uint8_t rows[16];
 };
 
-/* Tile registers: 0 .. 3 sums, 4 and 5 activations, 6 and 7 codes of a block. */
-INLINE void configure(void) {
+/* Tile registers: 0 .. 3 sums, 4 and 5 activations, 6 and 7 codes of n_blocks blocks. */
+INLINE void configure(int n_blocks) {
     struct tile_config c = {.palette = 1};
     for (int i = 0; i < 8; i++) {
-        c.row_bytes[i] = i == 4 || i == 5 ? SM_SLAB : 64;
-        c.rows[i] = i < 6 ? TOKENS : SM_SLAB / 4;
+        c.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? n_blocks * SM_SLAB : 64);
+        c.rows[i] = (uint8_t)(i < 6 ? TOKENS : n_blocks * SM_SLAB / 4);
     }
     _tile_loadconfig(&c);
 }
 
-/* Some blocks of TOKENS tokens against one panel. */
+/* Some blocks of TOKENS tokens (of HALF, where halved) against one panel. */
 struct tile {
     const uint8_t *panel;    /* at the first block */
+    const uint8_t *next;     /* the panel to come, which the first tokens ask for; or NULL */
     const uint8_t *codes;    /* [columns / 4][64] */
-    const int8_t *q;         /* [TOKENS][stride] */
-    const float *d, *s;      /* [TOKENS][row_blocks] */
+    const int8_t *q;         /* [TOKENS][stride]; halved: [pairs of blocks][TOKENS][64], see spread */
+    const float *d, *s;      /* [tokens][row_blocks] */
     size_t stride, row_blocks, n_blocks;
-    float *out;              /* [TOKENS][ld] */
+    float *out;              /* [tokens][ld] */
     size_t ld;
     bool carry;              /* starts from out instead of zero */
     int32_t *sums;           /* scratch: [RING][TOKENS][ROWS] */
@@ -92,14 +93,17 @@ struct tile {
 
 #define START(sum, x, w)                                                    \
     _tile_zero(sum);                                                        \
-    _tile_loadd(x, a->q + b * SM_SLAB, a->stride);                          \
-    _tile_loadd(w, a->codes + b * SM_SLAB * ROWS, 64);                      \
+    _tile_loadd(x, q, stride);                                              \
+    _tile_loadd(w, codes, 64);                                              \
     _tile_dpbssd(sum, x, w);                                                \
     _tile_stored(sum, a->sums + (size_t)sum * TOKENS * ROWS, 64)
 
-/* Sums over block b into their place in the ring. */
-INLINE void start(const struct tile *a, size_t b) {
-    switch (b % RING) {
+/* Sums number i (over block i, or pair i of blocks) into their place in the ring. */
+INLINE void start(bool halved, const struct tile *a, size_t i) {
+    const int8_t *q = a->q + i * (halved ? TOKENS * 64 : SM_SLAB);
+    const uint8_t *codes = a->codes + i * (halved ? 2 : 1) * SM_SLAB * ROWS;
+    const size_t stride = halved ? 64 : a->stride;
+    switch (i % RING) {
     case 0: START(0, 4, 6); break;
     case 1: START(1, 5, 7); break;
     case 2: START(2, 4, 6); break;
@@ -107,78 +111,128 @@ INLINE void start(const struct tile *a, size_t b) {
     }
 }
 
-INLINE __m512 sum_of(const struct tile *a, size_t b, int t) {
-    const int32_t *sums = a->sums + (b % RING * TOKENS + (size_t)t) * ROWS;
+/* Row `row` of sums number i. */
+INLINE __m512 sum_of(const struct tile *a, size_t i, size_t row) {
+    const int32_t *sums = a->sums + (i % RING * TOKENS + row) * ROWS;
     return _mm512_cvtepi32_ps(_mm512_load_si512(sums));
 }
 INLINE __m512 load_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 
-INLINE void run_tile(struct sm_layout f, const struct tile *a) {
-    const size_t step = sm_layout_bytes(f);
-    __m512 acc[TOKENS];
-    for (int t = 0; t < TOKENS; t++)
-        acc[t] = a->carry ? _mm512_loadu_ps(a->out + (size_t)t * a->ld) : _mm512_setzero_ps();
-    for (size_t b = 0; b < SM_MIN(a->n_blocks, RING - 1); b++) start(a, b);
-#pragma GCC unroll 4
-    for (size_t b = 0; b < a->n_blocks; b++) {
-        if (b + RING - 1 < a->n_blocks) start(a, b + RING - 1);
-        const uint8_t *block = a->panel + b * step;
-        __m512 dw = load_f16(block), mw = _mm512_setzero_ps();
-        if (f.mins) mw = load_f16(block + 2 * ROWS);
+/* acc += sums number i, of n_t tokens whose rows begin at `first`, scaled as block b. */
+INLINE void add_block(struct sm_layout f, int n_t, const struct tile *a, size_t i, size_t first, size_t b,
+                      __m512 acc[TOKENS]) {
+    const uint8_t *block = a->panel + b * sm_layout_bytes(f);
+    __m512 dw = load_f16(block), mw = _mm512_setzero_ps();
+    if (f.mins) mw = load_f16(block + 2 * ROWS);
 #pragma GCC unroll 16
-        for (int t = 0; t < TOKENS; t++) {
-            size_t at = (size_t)t * a->row_blocks + b;
-            __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[at]));
-            acc[t] = _mm512_fmadd_ps(sum_of(a, b, t), scale, acc[t]);
-            if (f.mins) acc[t] = _mm512_fmadd_ps(mw, _mm512_set1_ps(a->s[at]), acc[t]);
-        }
+    for (int t = 0; t < n_t; t++) {
+        size_t at = (size_t)t * a->row_blocks + b;
+        __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[at]));
+        acc[t] = _mm512_fmadd_ps(sum_of(a, i, first + (size_t)t), scale, acc[t]);
+        if (f.mins) acc[t] = _mm512_fmadd_ps(mw, _mm512_set1_ps(a->s[at]), acc[t]);
     }
-    for (int t = 0; t < TOKENS; t++) _mm512_storeu_ps(a->out + (size_t)t * a->ld, acc[t]);
+}
+
+INLINE void run_tile(struct sm_layout f, bool halved, const struct tile *a) {
+    const int n_t = halved ? HALF : TOKENS;
+    const size_t n = halved ? (a->n_blocks + 1) / 2 : a->n_blocks;
+    __m512 acc[TOKENS];
+    for (int t = 0; t < n_t; t++)
+        acc[t] = a->carry ? _mm512_loadu_ps(a->out + (size_t)t * a->ld) : _mm512_setzero_ps();
+    for (size_t i = 0; i < SM_MIN(n, RING - 1); i++) start(halved, a, i);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < n; i++) {
+        if (i + RING - 1 < n) start(halved, a, i + RING - 1);
+        const size_t bytes = (halved ? 2 : 1) * sm_layout_bytes(f);
+        for (size_t j = 0; a->next != NULL && j < bytes; j += 64)
+            _mm_prefetch(a->next + i * bytes + j, _MM_HINT_T1);
+        if (!halved) {
+            add_block(f, n_t, a, i, 0, i, acc);
+            continue;
+        }
+        add_block(f, n_t, a, i, 0, 2 * i, acc);
+        if (2 * i + 1 < a->n_blocks) add_block(f, n_t, a, i, HALF, 2 * i + 1, acc);
+    }
+    for (int t = 0; t < n_t; t++) _mm512_storeu_ps(a->out + (size_t)t * a->ld, acc[t]);
 }
 
 /* ---- panels ------------------------------------------------------------------------------------------------ */
 
-/* n_b blocks from b on of one panel, for n_tokens tokens, a multiple of TOKENS. */
-INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t n_tokens,
-                      size_t b, size_t n_b) {
+/* n_b blocks from b on of one panel, for n_tokens tokens, a multiple of TOKENS (HALF of them, where
+ * halved, and `spread_q` are their activations). */
+INLINE void run_panel(struct sm_layout f, bool halved, const struct sm_matmul *m, size_t panel,
+                      size_t first, size_t n_tokens, size_t b, size_t n_b, const int8_t *spread_q) {
     const struct sm_acts *acts = m->acts;
-    const size_t all = acts->k_pad / SM_SLAB;
+    const size_t all = acts->k_pad / SM_SLAB, step = halved ? HALF : TOKENS;
     const uint8_t *from = m->panels + panel * m->panel_bytes;
     uint8_t *codes = m->scratch;
     struct tile a = {.panel = from + b * sm_layout_bytes(f), .codes = codes, .n_blocks = n_b,
                      .stride = acts->stride, .row_blocks = all, .ld = m->ld, .carry = b != 0,
                      .sums = (int32_t *)(void *)(codes + CODES_BYTES)};
     unpack(f, codes, from, b, n_b);
-    for (size_t t = 0; t < n_tokens; t += TOKENS) {
+    for (size_t t = first; t < first + n_tokens; t += step) {
         size_t row = m->first + t;
-        a.q = acts->q + row * acts->stride + b * SM_SLAB;
+        a.q = halved ? spread_q : acts->q + row * acts->stride + b * SM_SLAB;
         a.d = acts->d + row * all + b;
         a.s = acts->s + row * all + b;
         a.out = m->out + t * m->ld + panel * ROWS;
-        run_tile(f, &a);
+        a.next = t == first ? a.panel + m->panel_bytes : NULL;
+        run_tile(f, halved, &a);
     }
 }
 
+/* out [pairs of blocks][TOKENS][64]: row t of a pair is token t's first block and zeros, row HALF + t
+ * zeros and its second block.  The missing half of an odd last pair is zero. */
+INLINE void spread(const struct sm_matmul *m, size_t first, size_t b, size_t n_b, int8_t *out) {
+    const __m256i none = _mm256_setzero_si256();
+    for (size_t i = 0; i < n_b; i += 2, out += TOKENS * 64)
+        for (size_t t = 0; t < HALF; t++) {
+            const int8_t *q = m->acts->q + (m->first + first + t) * m->acts->stride + (b + i) * SM_SLAB;
+            __m256i x = _mm256_loadu_si256((const __m256i *)q), y = none;
+            if (i + 1 < n_b) y = _mm256_loadu_si256((const __m256i *)(q + SM_SLAB));
+            __m256i *low = (__m256i *)(out + t * 64), *high = (__m256i *)(out + (HALF + t) * 64);
+            _mm256_store_si256(low, x);
+            _mm256_store_si256(low + 1, none);
+            _mm256_store_si256(high, none);
+            _mm256_store_si256(high + 1, y);
+        }
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+/* Tokens first .. first + n_tokens - 1, columns outside, panels inside: so much of the activations
+ * stays in L2. */
+INLINE void run_panels(struct sm_layout f, bool halved, const struct sm_matmul *m, size_t first,
+                       size_t n_tokens) {
+    const size_t all = m->acts->k_pad / SM_SLAB, most = COLUMNS / SM_SLAB;
+    int8_t *spread_q = (int8_t *)m->scratch + CODES_BYTES + RING_BYTES;
+    configure(halved ? 2 : 1);
+    for (size_t b = 0; b < all; b += most) {
+        size_t n_b = SM_MIN(all - b, most);
+        if (halved) spread(m, first, b, n_b, spread_q);
+        for (size_t p = 0; p < m->n_panels; p++)
+            run_panel(f, halved, m, p, first, n_tokens, b, n_b, spread_q);
+    }
+    _tile_release();
+}
+
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m, sm_matmul_fn *few) {
-    const size_t n_tiled = m->n_tokens / TOKENS * TOKENS;
-    if (f.scales != SM_SCALES_NONE || n_tiled == 0) {
+    size_t done = m->n_tokens / TOKENS * TOKENS;
+    if (f.scales != SM_SCALES_NONE || m->n_tokens < HALF) {
         few(m);
         return;
     }
-    configure();
-    /* Columns outside, panels inside: so much of the activations stays in L2. */
-    const size_t all = m->acts->k_pad / SM_SLAB, most = COLUMNS / SM_SLAB;
-    for (size_t b = 0; b < all; b += most)
-        for (size_t p = 0; p < m->n_panels; p++)
-            run_panel(f, m, p, n_tiled, b, SM_MIN(all - b, most));
-    _tile_release();
-    if (n_tiled == m->n_tokens) return;
+    if (done > 0) run_panels(f, false, m, 0, done);
+    if (m->n_tokens - done >= HALF) {
+        run_panels(f, true, m, done, HALF);
+        done += HALF;
+    }
+    if (done == m->n_tokens) return;
     struct sm_matmul rest = *m;
-    rest.out += n_tiled * m->ld;
-    rest.first += n_tiled;
-    rest.n_tokens -= n_tiled;
+    rest.out += done * m->ld;
+    rest.first += done;
+    rest.n_tokens -= done;
     few(&rest);
 }
 

@@ -14,7 +14,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS SM_PANEL_ROWS
-#define TILE_TOKENS 6
+#define TILE_TOKENS 8
+#define FLOAT_TOKENS 6
 #define MANY_TOKENS 18
 #define TILE_COLUMNS 2048
 #define FEW_COLUMNS 512
@@ -435,6 +436,8 @@ INLINE void run_several(struct sm_layout f, const struct sm_matmul *m) {
                 case 3: run_tile(f, false, 1, 3, m, p, t, b, n_b); break;
                 case 4: run_tile(f, false, 1, 4, m, p, t, b, n_b); break;
                 case 5: run_tile(f, false, 1, 5, m, p, t, b, n_b); break;
+                case 6: run_tile(f, false, 1, 6, m, p, t, b, n_b); break;
+                case 7: run_tile(f, false, 1, 7, m, p, t, b, n_b); break;
                 default: run_tile(f, false, 1, TILE_TOKENS, m, p, t, b, n_b); break;
                 }
             }
@@ -501,10 +504,10 @@ INLINE void float_tile(load_fn *load, size_t size, int n_p, int n_t, const struc
 
 INLINE void float_panels(load_fn *load, size_t size, int n_p, const struct sm_matmul *m,
                          size_t panel) {
-    for (size_t t = 0; t < m->n_tokens; t += TILE_TOKENS) {
+    for (size_t t = 0; t < m->n_tokens; t += FLOAT_TOKENS) {
         float *out = m->out + t * m->ld + panel * ROWS;
         size_t row = m->first + t;
-        switch (SM_MIN(m->n_tokens - t, TILE_TOKENS)) {
+        switch (SM_MIN(m->n_tokens - t, FLOAT_TOKENS)) {
         case 1: float_tile(load, size, n_p, 1, m, panel, row, out); break;
         case 2: float_tile(load, size, n_p, 2, m, panel, row, out); break;
         case 3: float_tile(load, size, n_p, 3, m, panel, row, out); break;
