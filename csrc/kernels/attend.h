@@ -102,7 +102,8 @@ sm_attend_tiles(const struct sm_attend *a, bool half, sm_score_fn *score, sm_sof
     memset(a->o, 0, a->n_q * a->head * sizeof *a->o);
     for (size_t page = first; page <= last; page++) {
         const size_t base = page * SM_PAGE;
-        const void *v = a->v[page], *next = a->v[SM_MIN(page + 1, last)];
+        const void *v = a->v[page], *next = page < last ? a->v[page + 1] : a->next;
+        if (next == NULL) next = v;
         if (once)
             v = sm_widen_part(a, widen, base, SM_MAX(base, lo), SM_MIN(base + SM_PAGE, hi), v, next);
         for (size_t t = 0; t < n_tiles; t++) {

@@ -119,6 +119,7 @@ struct sm_attend {
     const void *k[SM_CHUNK_PAGES]; /* pages: [SM_PAGE / 16][head][16] of kv_type; NULL past max(hi) */
     const void *v[SM_CHUNK_PAGES]; /* pages: [SM_PAGE][head] of kv_type */
     int kv_type;           /* smallm_kv_type */
+    const void *next;      /* the first page the next call will read, a hint; or NULL */
     float *m, *l;          /* [n_q] out */
     float *o;              /* [n_q][head] out */
     void *scratch;         /* SM_SCRATCH_BYTES: n_q * SM_CHUNK floats of scores, and the rest free */

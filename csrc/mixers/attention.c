@@ -89,24 +89,48 @@ static float *partial_of(const struct sm_attention *a, size_t t, size_t kv_head,
     return b->partial + index * a->group * (a->head + 2);
 }
 
+/* What an item of the decode phase is. */
+struct decode {
+    size_t t, kv_head;
+    int first, chunk; /* of the chunks that t sees, and the item's own */
+};
+
+static struct decode decode_of(const struct sm_attention *a, size_t item) {
+    struct decode d = {.t = 0};
+    while (item >= a->items_before[d.t + 1]) d.t++;
+    item -= a->items_before[d.t];
+    d.kv_head = item % a->n_head_kv;
+    d.first = first_chunk(a, a->p->batch->positions[d.t]);
+    d.chunk = d.first + (int)(item / a->n_head_kv);
+    return d;
+}
+
+/* The page of K that an item reads first. */
+static const void *first_page(const struct sm_attention *a, size_t item) {
+    const struct sm_batch *batch = a->p->batch;
+    if (item >= a->items_before[batch->n]) return NULL;
+    struct decode d = decode_of(a, item);
+    int position = SM_MAX(first_visible(a, batch->positions[d.t]), d.chunk * SM_CHUNK);
+    return sm_cache_part(a->p->cache, batch->seqs[d.t]->pages[position / SM_PAGE], a->layer,
+                         (int)d.kv_head, 0);
+}
+
 static void decode_item(void *context, size_t item, void *scratch, float *local) {
     const struct sm_attention *a = context;
     const struct sm_batch *batch = a->p->batch;
-    size_t t = 0;
-    while (item >= a->items_before[t + 1]) t++;
-    item -= a->items_before[t];
-    int position = batch->positions[t], first = first_chunk(a, position);
-    int chunk = first + (int)(item / a->n_head_kv);
-    size_t kv_head = item % a->n_head_kv;
-    if (chunk == position / SM_CHUNK) store_kv(a, t, kv_head, local);
+    const struct decode d = decode_of(a, item);
+    int position = batch->positions[d.t];
+    if (d.chunk == position / SM_CHUNK) store_kv(a, d.t, d.kv_head, local);
 
-    make_queries(a, t, kv_head, local);
+    make_queries(a, d.t, d.kv_head, local);
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
-    for (size_t g = 0; g < a->group; g++) set_range(a, position, chunk, &lo[g], &hi[g]);
-    float *m = partial_of(a, t, kv_head, (size_t)(chunk - first));
+    for (size_t g = 0; g < a->group; g++) set_range(a, position, d.chunk, &lo[g], &hi[g]);
+    float *m = partial_of(a, d.t, d.kv_head, (size_t)(d.chunk - d.first));
+    /* Neighbouring items are taken one after the other, mostly. */
     struct sm_attend call = {.q = local, .lo = lo, .hi = hi, .n_q = a->group, .m = m,
-                             .l = m + a->group, .o = m + 2 * a->group, .scratch = scratch};
-    set_pages(a, &call, batch->seqs[t], kv_head, chunk, position);
+                             .l = m + a->group, .o = m + 2 * a->group, .scratch = scratch,
+                             .next = first_page(a, item + 1)};
+    set_pages(a, &call, batch->seqs[d.t], d.kv_head, d.chunk, position);
     a->p->model->kernels->attend(&call);
 }
 
