@@ -226,7 +226,7 @@ static void load_phase(void *arg, int thread, struct sm_work *work) {
     uint8_t *buffer = l->buffers + (size_t)thread * l->buffer_bytes;
     struct job *job = l->jobs;
     size_t unit, end;
-    while (atomic_load(&l->status) == SMALLM_OK && sm_work_take(work, thread, &unit, &end)) {
+    while (atomic_load(&l->status) == SMALLM_OK && sm_work_take(work, &unit, &end)) {
         if (unit < job->first_unit) job = l->jobs; /* another thread's share */
         while (unit - job->first_unit >= job->n_units) job++;
         size_t first = (unit - job->first_unit) * job->rows_per_unit;

@@ -243,7 +243,7 @@ static void prepare_phase(void *arg, int thread, struct sm_work *work) {
     struct local *l = &p->o->locals[thread];
     size_t begin, end;
     turn_to(l, SM_TIMER_PREPARE);
-    while (sm_work_take(work, thread, &begin, &end)) prepare_tokens(p, begin, end, l->row, acts);
+    while (sm_work_take(work, &begin, &end)) prepare_tokens(p, begin, end, l->row, acts);
     turn_to(l, SM_TIMER_WAIT);
 }
 
@@ -342,7 +342,7 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
     } else {
         place_acts(p, p->o->acts, acts);
     }
-    while (sm_work_take(work, thread, &begin, &end)) {
+    while (sm_work_take(work, &begin, &end)) {
         size_t base = 0;
         for (size_t i = 0; i < p->n_listed; i++) {
             size_t n = p->products[i].w->n_panels;
@@ -409,7 +409,7 @@ static void each_phase(void *arg, int thread, struct sm_work *work) {
     struct local *l = &e->o->locals[thread];
     size_t item, end;
     turn_to(l, e->timer);
-    while (sm_work_take(work, thread, &item, &end)) e->run(e->context, item, l->scratch, l->own);
+    while (sm_work_take(work, &item, &end)) e->run(e->context, item, l->scratch, l->own);
     turn_to(l, SM_TIMER_WAIT);
 }
 
