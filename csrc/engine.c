@@ -27,6 +27,9 @@
 #define MIXED_PREFILL 128 /* prompt tokens beside decoding requests: bounds how long these wait */
 #define MIN_PREFILL 32    /* what repeated cancelling leaves of a pass */
 #define SLAB_BYTES 4096
+/* A reader is woken for several tokens at once where they come fast, but not later than this after
+ * the oldest: being woken costs a pass more than a small model's token takes to sample. */
+#define PATIENCE_NS 10000000u
 
 struct slab { /* a piece of a request's queue: records back to back */
     struct slab *next;
@@ -70,8 +73,9 @@ struct smallm_request {
     int32_t limit;   /* tokens to generate at most; prompt and answer fit the context */
     int32_t n_chunk, n_logprobs;
     int32_t n_take;  /* tokens in the pass being built */
+    uint64_t t_unsaid; /* when the oldest chunk was pushed that the reader was not woken for, or 0 */
     float *logits;   /* the caller's [n_prompt][n_vocab], or NULL */
-    float *row;      /* [n_vocab] the newest position's; NULL where limit is 0 */
+    float *row;      /* [n_vocab] the newest position's and their peaks; NULL where limit is 0 */
     struct sm_sampler *sampler;
     bool text_begun; /* some token so far was more than a control token */
     struct stop *stops; /* [n_stop] */
@@ -117,6 +121,8 @@ struct smallm_engine {
     int n_spans;
     int32_t prefill_cap;       /* prompt tokens of the next pass at most */
     bool prompts_turn;
+    int n_timed;               /* spans of the newest pass where all were of one token, else 0 */
+    uint64_t pass_ns;          /* what it took, sampling included */
     uint64_t sample_ns;
 };
 
@@ -334,11 +340,35 @@ static void end_flush(smallm_engine *e, smallm_request *r, int32_t finish,
 
 /* ---- one token ------------------------------------------------------------------------------- */
 
+/* Inside the request's lock. */
+static void wake_reader(smallm_request *r) {
+    sm_lock_wake_all(r->lock);
+    r->t_unsaid = 0;
+}
+
+/* Inside the request's lock: wakes the reader of a chunk just pushed, or leaves that to the next pass. */
+static void tell_reader(const smallm_engine *e, smallm_request *r) {
+    uint64_t now = sm_clock_ns();
+    if (r->t_unsaid == 0) r->t_unsaid = now;
+    bool first = r->n_completion == 1;
+    if (first || now + e->pass_ns - r->t_unsaid > PATIENCE_NS) wake_reader(r);
+}
+
+/* Before a pass that takes longer than the last ones: nobody waits for its end. */
+static void tell_readers(smallm_engine *e) {
+    for (smallm_request *r = e->active.first; r; r = r->next) {
+        if (r->t_unsaid == 0) continue;
+        sm_lock_enter(r->lock);
+        wake_reader(r);
+        sm_lock_leave(r->lock);
+    }
+}
+
 /* Samples from logits [n_vocab] and hands the reader what can be handed. */
-static void next_token(smallm_engine *e, smallm_request *r, const float *logits) {
+static void next_token(smallm_engine *e, smallm_request *r, float *logits) {
     smallm_error err = {.size = sizeof err};
     struct sm_sampled sampled;
-    int rc = sm_sampler_next(r->sampler, logits, r->n_logprobs, &sampled, &err);
+    int rc = sm_sampler_next(r->sampler, logits, r->row + e->n_vocab, r->n_logprobs, &sampled, &err);
     if (rc != SMALLM_OK) {
         end_error(e, r, rc, &err);
         return;
@@ -372,7 +402,7 @@ static void next_token(smallm_engine *e, smallm_request *r, const float *logits)
     size_t n = settled(r);
     sm_lock_enter(r->lock);
     bool pushed = push(r, &sampled, r->pending, n, SMALLM_FINISH_NONE);
-    if (pushed) sm_lock_wake_all(r->lock);
+    if (pushed) tell_reader(e, r);
     sm_lock_leave(r->lock);
     if (!pushed) {
         rc = sm_fail(&err, SMALLM_E_MEMORY, "out of memory for chunks that nobody has read yet");
@@ -436,6 +466,7 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     bool last = done + n >= r->n_prompt, decode = decodes(r);
     struct sm_span *s = &e->spans[e->n_spans];
     *s = (struct sm_span){.seq = r->seq, .tokens = r->tokens + done, .n = n};
+    if (last && r->row) s->peaks = r->row + e->n_vocab;
     if (r->logits && !decode) {
         s->want = SM_WANT_ALL;
         s->logits = r->logits + (size_t)done * (size_t)e->n_vocab;
@@ -567,7 +598,14 @@ static void step(smallm_engine *e) {
     }
     if (!e->active.first) return;
     build(e);
-    run(e, e->spans, e->in_pass, e->n_spans);
+    bool single = true; /* a token each, and as many as in the pass that was timed */
+    for (int i = 0; i < e->n_spans; i++) single = single && e->spans[i].n == 1;
+    if (!single || e->n_spans != e->n_timed) tell_readers(e);
+    uint64_t began = sm_clock_ns();
+    int n_spans = e->n_spans;
+    run(e, e->spans, e->in_pass, n_spans);
+    e->n_timed = single ? n_spans : 0;
+    e->pass_ns = sm_clock_ns() - began;
 }
 
 static void work(void *arg) {
@@ -736,7 +774,8 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     r->lock = sm_lock_new();
     if (!r->tokens || !r->pending || !r->read || !r->lock) goto fail_memory;
     if (r->limit > 0) {
-        r->row = sm_alloc((size_t)e->n_vocab * sizeof *r->row);
+        size_t n = (size_t)e->n_vocab;
+        r->row = sm_alloc((n + sm_n_peaks(n)) * sizeof *r->row);
         if (!r->row) goto fail_memory;
     }
     if (p->n_stop > 0 && !copy_stops(r, p)) goto fail_memory;

@@ -20,7 +20,8 @@ struct sm_batch {
     size_t n_blocks;
     bool alone;                 /* at most SM_ALONE_MAX tokens, each of another sequence: decode */
     const size_t *wanted;       /* [n_wanted] tokens whose logits are asked for */
-    float *const *logits;       /* [n_wanted] pointers to [n_vocab] */
+    float *const *logits;       /* [n_wanted] pointers to [n_vocab], */
+    float *const *peaks;        /* [n_wanted] and to their peaks, NULL: not wanted */
     size_t n_wanted;
 };
 

@@ -9,6 +9,8 @@
 #define PANELS_AT_ONCE 8 /* two fours of a GEMV, whole pairs of a GEMM */
 #define TOKENS_AT_ONCE 4
 
+_Static_assert(SM_PANEL_ROWS % SM_PEAK == 0, "a panel holds whole peaks");
+
 /* What a thread does, and since when (sm_clock_ns). */
 struct watch {
     enum sm_timer timer;
@@ -287,6 +289,8 @@ static void finish(const struct project *p, const struct sm_product *product, si
             k->gelu(out + row, tile + t * ld, n_rows);
         else
             memcpy(out + row, tile + t * ld, n_rows * sizeof(float));
+        if (product->peaks != NULL && product->peaks[t] != NULL)
+            sm_peaks(out + row, n_rows, product->peaks[t] + row / SM_PEAK);
     }
 }
 
@@ -381,6 +385,7 @@ void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
         struct sm_product part = *product;
         source.x += t * source.stride;
         part.rows += t;
+        if (part.peaks != NULL) part.peaks += t;
         struct project p = {.o = o, .s = &source, .products = &part, .n_products = 1,
                             .n = SM_MIN(most, n - t), .fine = fine, .head = true};
         run_project(&p);

@@ -13,6 +13,7 @@
 #include <stdatomic.h>
 
 #include "model.h"
+#include "peaks.h"
 #include "threads.h"
 #include "timers.h"
 
@@ -37,7 +38,8 @@ struct sm_product {
     const float *bias;     /* [n_rows] or NULL */
     float *out;            /* [n][stride], or NULL with rows */
     size_t stride;
-    float *const *rows;    /* [n] pointers to [n_rows], where they do not lie in one block */
+    float *const *rows;    /* [n] pointers to [n_rows], where they do not lie in one block, */
+    float *const *peaks;   /* [n] and to their peaks (peaks.h), NULL: not wanted; or NULL for all */
     bool add;              /* adds to what is there: the residual */
     bool gelu;             /* not with add */
 };

@@ -37,6 +37,11 @@ struct pool { /* candidates, sorted only as far as somebody looked */
     int n, n_sorted;
 };
 
+struct change { /* what a logit and its peak were before */
+    int32_t id;
+    float x, peak;
+};
+
 struct recent { /* a token of the window */
     int32_t id, count;
 };
@@ -63,7 +68,9 @@ struct sm_sampler {
     size_t n_bias;
     uint32_t *allowed; /* [(n_vocab + 31) / 32] or NULL */
 
-    float *adjusted;    /* [n_vocab], or NULL where nothing changes logits */
+    struct change *changes; /* [n_changes] room for window + n_bias */
+    size_t n_changes;
+    float *masked, *masked_peaks; /* [n_vocab] and its peaks, or NULL without a mask */
     struct cand *cands; /* [top_k or n_vocab], or NULL where none are listed */
 };
 
@@ -160,9 +167,14 @@ int sm_sampler_new(const smallm_sampling *params, int32_t n_vocab, int32_t n_ctx
         s->allowed = copy_of(p.allowed, ((size_t)n_vocab + 31) / 32, sizeof *p.allowed);
         if (!s->allowed) goto fail;
     }
-    if (s->window > 0 || s->n_bias > 0 || s->allowed) {
-        s->adjusted = sm_alloc((size_t)n_vocab * sizeof *s->adjusted);
-        if (!s->adjusted) goto fail;
+    if (s->window > 0 || s->n_bias > 0) {
+        s->changes = sm_alloc(((size_t)s->window + s->n_bias) * sizeof *s->changes);
+        if (!s->changes) goto fail;
+    }
+    if (s->allowed) {
+        s->masked = sm_alloc((size_t)n_vocab * sizeof *s->masked);
+        s->masked_peaks = sm_alloc(sm_n_peaks((size_t)n_vocab) * sizeof *s->masked_peaks);
+        if (!s->masked || !s->masked_peaks) goto fail;
     }
     if (s->temperature > 0 && (s->top_k > 0 || s->typical_p < 1 || s->top_p < 1 || s->has_min_p)) {
         size_t n = (size_t)(s->top_k > 0 ? s->top_k : n_vocab);
@@ -184,7 +196,9 @@ void sm_sampler_free(struct sm_sampler *s) {
     sm_free(s->bias_ids);
     sm_free(s->bias);
     sm_free(s->allowed);
-    sm_free(s->adjusted);
+    sm_free(s->changes);
+    sm_free(s->masked);
+    sm_free(s->masked_peaks);
     sm_free(s->cands);
     sm_free(s);
 }
@@ -211,30 +225,55 @@ void sm_sampler_accept(struct sm_sampler *s, int32_t token) {
     s->recent[s->slot[token] - 1].count++;
 }
 
-/* Writes the logits after penalties, bias and mask to s->adjusted. */
-static void adjust(struct sm_sampler *s, const float *logits) {
-    float *x = s->adjusted;
-    memcpy(x, logits, (size_t)s->n_vocab * sizeof *x);
+static float peak_of(const struct sm_sampler *s, const float *x, int32_t id) {
+    int32_t first = id / SM_PEAK * SM_PEAK;
+    return sm_peak(x + first, (size_t)SM_MIN(s->n_vocab - first, SM_PEAK));
+}
+
+static void change(struct sm_sampler *s, float *x, float *peaks, int32_t id, float value) {
+    s->changes[s->n_changes++] = (struct change){id, x[id], peaks[id / SM_PEAK]};
+    x[id] = value;
+    peaks[id / SM_PEAK] = peak_of(s, x, id);
+}
+
+/* Penalties and bias. */
+static void adjust(struct sm_sampler *s, float *x, float *peaks) {
     for (int32_t i = 0; i < s->n_recent; i++) {
         struct recent r = s->recent[i];
         double v = (double)x[r.id];
         v = v > 0 ? v / s->repeat : v * s->repeat;
-        x[r.id] = (float)(v - (r.count * s->frequency + s->presence));
+        change(s, x, peaks, r.id, (float)(v - (r.count * s->frequency + s->presence)));
     }
     for (size_t i = 0; i < s->n_bias; i++) {
-        float *v = &x[s->bias_ids[i]];
-        *v = s->bias[i] == -INFINITY ? -INFINITY : (float)((double)*v + (double)s->bias[i]);
-    }
-    for (int32_t i = 0; s->allowed && i < s->n_vocab; i += 32) {
-        uint32_t word = s->allowed[i / 32];
-        if (word == UINT32_MAX) continue;
-        for (int32_t j = i; j < s->n_vocab && j < i + 32; j++, word >>= 1) {
-            if (!(word & 1)) x[j] = -INFINITY;
-        }
+        int32_t id = s->bias_ids[i];
+        float v = s->bias[i] == -INFINITY ? -INFINITY : (float)((double)x[id] + (double)s->bias[i]);
+        change(s, x, peaks, id, v);
     }
 }
 
-/* ---- passes over the whole vocabulary -------------------------------------------------------- */
+static void restore(struct sm_sampler *s, float *x, float *peaks) {
+    while (s->n_changes > 0) { /* the last first: a token may have changed twice */
+        struct change c = s->changes[--s->n_changes];
+        x[c.id] = c.x;
+        peaks[c.id / SM_PEAK] = c.peak;
+    }
+}
+
+/* x with -inf where the mask is 0, to s->masked. */
+static void mask(struct sm_sampler *s, const float *x) {
+    float *y = s->masked;
+    memcpy(y, x, (size_t)s->n_vocab * sizeof *y);
+    for (int32_t i = 0; i < s->n_vocab; i += 32) {
+        uint32_t word = s->allowed[i / 32];
+        if (word == UINT32_MAX) continue;
+        for (int32_t j = i; j < s->n_vocab && j < i + 32; j++, word >>= 1) {
+            if (!(word & 1)) y[j] = -INFINITY;
+        }
+    }
+    sm_peaks(y, (size_t)s->n_vocab, s->masked_peaks);
+}
+
+/* ---- passes over the vocabulary, or its peaks ------------------------------------------------ */
 
 /* The largest of x [n]; false where one is NaN. */
 static bool largest(const float *x, int32_t n, float *out) {
@@ -260,21 +299,9 @@ static bool largest(const float *x, int32_t n, float *out) {
     return !nan[0];
 }
 
-static bool any_above(const float *x /* [BLOCK] */, float low) {
-    int32_t above = 0;
-    for (int j = 0; j < BLOCK; j++) above |= x[j] > low;
-    return above;
-}
-
-static bool any_equal(const float *x /* [BLOCK] */, float value) {
-    int32_t equal = 0;
-    for (int j = 0; j < BLOCK; j++) equal |= x[j] == value;
-    return equal;
-}
-
-static int32_t first_equal(const float *x, int32_t n, float value) { /* one of x [n] is */
+static int32_t first_equal(const float *x, const float *peaks, float value) { /* one of x is */
     int32_t i = 0;
-    while (n - i >= BLOCK && !any_equal(x + i, value)) i += BLOCK;
+    while (peaks[i / SM_PEAK] != value) i += SM_PEAK;
     while (x[i] != value) i++;
     return i;
 }
@@ -395,17 +422,12 @@ static struct cand pool_at(struct pool *p, int i) {
 
 /* The k best of x [n], k <= n, as a pool in c [k].  A heap of the k best so far, worst on top:
  * hardly any of the rest beats its top. */
-static struct pool select_top(const float *x, int32_t n, int k, struct cand *c) {
+static struct pool select_top(const float *x, const float *peaks, int32_t n, int k, struct cand *c) {
     for (int i = 0; i < k; i++) c[i] = (struct cand){x[i], i};
     heapify(c, k, true);
     for (int32_t i = k; k > 0 && i < n;) {
-        int32_t end = i + BLOCK;
-        if (end > n) {
-            end = n;
-        } else if (!any_above(x + i, c[0].key)) {
-            i = end;
-            continue;
-        }
+        int32_t end = SM_MIN(i / SM_PEAK * SM_PEAK + SM_PEAK, n);
+        if (!(peaks[i / SM_PEAK] > c[0].key)) i = end;
         for (; i < end; i++) {
             if (!(x[i] > c[0].key)) continue;
             c[0] = (struct cand){x[i], i};
@@ -450,7 +472,8 @@ static double uniform(struct sm_sampler *s) {
 /* The candidates of x [n_vocab] that can survive top_p and min_p.  With no top_k and no typical
  * these only drop tokens below a probability, and a token is listed only if it may be above:
  * all tokens of weight < (1 - top_p) * total / n_vocab together weigh less than 1 - top_p. */
-static struct pool list_all(const struct sm_sampler *s, const float *x, float max, double total) {
+static struct pool list_all(const struct sm_sampler *s, const float *x, const float *peaks,
+                            float max, double total) {
     double low = -INFINITY;
     if (s->typical_p == 1) {
         low = s->ln_min_p;
@@ -461,20 +484,17 @@ static struct pool list_all(const struct sm_sampler *s, const float *x, float ma
     bound -= fabsf(bound) * 0x1p-23f;
     if (max == INFINITY) bound = -INFINITY;
     int n = 0;
-    for (int32_t i = 0; i < s->n_vocab;) {
-        int32_t end = SM_MIN(i + BLOCK, s->n_vocab);
-        if (end - i < BLOCK || any_above(x + i, bound)) {
-            for (; i < end; i++) {
-                if (x[i] > bound) s->cands[n++] = (struct cand){x[i], i};
-            }
+    for (int32_t i = 0; i < s->n_vocab; i += SM_PEAK) {
+        if (!(peaks[i / SM_PEAK] > bound)) continue;
+        for (int32_t j = i; j < SM_MIN(i + SM_PEAK, s->n_vocab); j++) {
+            if (x[j] > bound) s->cands[n++] = (struct cand){x[j], j};
         }
-        i = end;
     }
     return pool_of(s->cands, n);
 }
 
 /* Draws from x [n_vocab], whose largest value is max > -inf. */
-static int32_t draw(struct sm_sampler *s, const float *x, float max) {
+static int32_t draw(struct sm_sampler *s, const float *x, const float *peaks, float max) {
     if (!s->cands) {
         double total = sum_exp(x, s->n_vocab, max, s->temperature);
         return find_exp(x, s->n_vocab, max, s->temperature, uniform(s) * total);
@@ -482,11 +502,11 @@ static int32_t draw(struct sm_sampler *s, const float *x, float max) {
     struct pool p;
     double total = 0; /* sum of exp(x - max) over the candidates */
     if (s->top_k > 0) {
-        p = select_top(x, s->n_vocab, s->top_k, s->cands);
+        p = select_top(x, peaks, s->n_vocab, s->top_k, s->cands);
         for (int i = 0; i < p.n; i++) total += sm_exp(gap(pool_at(&p, i).key, max));
     } else {
         total = sum_exp(x, s->n_vocab, max, 1);
-        p = list_all(s, x, max, total);
+        p = list_all(s, x, peaks, max, total);
     }
     if (s->typical_p < 1) keep_typical(s, x, max, &p, &total);
 
@@ -512,11 +532,11 @@ static int32_t draw(struct sm_sampler *s, const float *x, float max) {
     }
 }
 
-int sm_sampler_next(struct sm_sampler *s, const float *logits, int n_top, struct sm_sampled *out,
-                    smallm_error *err) {
-    int32_t n = s->n_vocab;
+int sm_sampler_next(struct sm_sampler *s, float *logits, float *peaks, int n_top,
+                    struct sm_sampled *out, smallm_error *err) {
+    const int32_t n = s->n_vocab, n_peaks = (int32_t)sm_n_peaks((size_t)n);
     float max, raw_max;
-    if (!largest(logits, n, &raw_max)) {
+    if (!largest(peaks, n_peaks, &raw_max)) {
         int32_t i = 0;
         while (logits[i] == logits[i]) i++;
         return sm_fail(err, SMALLM_E_NUMERIC, "the logit of token %d is NaN", (int)i);
@@ -524,17 +544,20 @@ int sm_sampler_next(struct sm_sampler *s, const float *logits, int n_top, struct
     if (raw_max == -INFINITY)
         return sm_fail(err, SMALLM_E_NUMERIC, "all %d logits are -infinity", (int)n);
 
-    const float *x = logits;
-    max = raw_max;
-    if (s->adjusted) {
-        adjust(s, logits);
-        x = s->adjusted;
-        largest(x, n, &max);
-        if (max == -INFINITY)
-            return sm_fail(err, SMALLM_E_ARGUMENT,
-                           "bias and allowed forbid every one of the %d tokens", (int)n);
+    adjust(s, logits, peaks);
+    const float *x = logits, *x_peaks = peaks;
+    if (s->allowed) {
+        mask(s, logits);
+        x = s->masked;
+        x_peaks = s->masked_peaks;
     }
-    out->token = s->temperature > 0 ? draw(s, x, max) : first_equal(x, n, max);
+    largest(x_peaks, n_peaks, &max);
+    if (max > -INFINITY)
+        out->token = s->temperature > 0 ? draw(s, x, x_peaks, max) : first_equal(x, x_peaks, max);
+    restore(s, logits, peaks);
+    if (max == -INFINITY)
+        return sm_fail(err, SMALLM_E_ARGUMENT,
+                       "bias and allowed forbid every one of the %d tokens", (int)n);
 
     out->n_top = 0;
     out->logprob = NAN;
@@ -542,7 +565,7 @@ int sm_sampler_next(struct sm_sampler *s, const float *logits, int n_top, struct
     double ln_total = sm_log(sum_exp(logits, n, raw_max, 1));
     out->logprob = (float)(gap(logits[out->token], raw_max) - ln_total);
     struct cand top[SM_COUNT(out->top_ids)];
-    struct pool p = select_top(logits, n, SM_MIN(n_top, n), top);
+    struct pool p = select_top(logits, peaks, n, SM_MIN(n_top, n), top);
     for (; out->n_top < p.n; out->n_top++) {
         struct cand c = pool_at(&p, out->n_top);
         out->top_ids[out->n_top] = c.id;

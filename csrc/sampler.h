@@ -6,6 +6,7 @@
 #define SM_SAMPLER_H
 
 #include "base.h"
+#include "peaks.h"
 
 struct sm_sampler; /* one per request; one thread at a time */
 
@@ -26,10 +27,10 @@ struct sm_sampled {
     float top_logprobs[64];
 };
 
-/* Chooses from logits [n_vocab], which it does not change.  n_top: alternatives to report, 0 .. 64,
- * -1: not even the token's own probability.  SMALLM_E_NUMERIC where a logit is NaN or all are
+/* Chooses from logits [n_vocab] with their peaks (peaks.h); both change meanwhile and are as they were
+ * when it returns.  n_top: alternatives to report, 0 .. 64, -1: not even the token's own probability.  SMALLM_E_NUMERIC where a logit is NaN or all are
  * -infinity; SMALLM_E_ARGUMENT where the mask and bias forbid all.  Allocates nothing. */
-int sm_sampler_next(struct sm_sampler *s, const float *logits, int n_top, struct sm_sampled *out,
-                    smallm_error *err);
+int sm_sampler_next(struct sm_sampler *s, float *logits, float *peaks, int n_top,
+                    struct sm_sampled *out, smallm_error *err);
 
 #endif

@@ -39,6 +39,7 @@ struct sm_span { /* the next tokens of one sequence */
     int n;
     enum sm_want want;
     float *logits;         /* NONE: unused; LAST: [n_vocab]; ALL: [n][n_vocab] */
+    float *peaks;          /* NULL, or room for the peaks (peaks.h) of the last token's logits */
 };
 
 /* One forward pass over all spans: 1 <= sum of n <= n_batch, each sequence at most once.
