@@ -290,7 +290,7 @@ static void finish(const struct project *p, const struct sm_product *product, si
         else
             memcpy(out + row, tile + t * ld, n_rows * sizeof(float));
         if (product->peaks != NULL && product->peaks[t] != NULL)
-            sm_peaks(out + row, n_rows, product->peaks[t] + row / SM_PEAK);
+            k->peaks(product->peaks[t] + row / SM_PEAK, out + row, n_rows);
     }
 }
 

@@ -225,15 +225,10 @@ void sm_sampler_accept(struct sm_sampler *s, int32_t token) {
     s->recent[s->slot[token] - 1].count++;
 }
 
-static float peak_of(const struct sm_sampler *s, const float *x, int32_t id) {
-    int32_t first = id / SM_PEAK * SM_PEAK;
-    return sm_peak(x + first, (size_t)SM_MIN(s->n_vocab - first, SM_PEAK));
-}
-
 static void change(struct sm_sampler *s, float *x, float *peaks, int32_t id, float value) {
     s->changes[s->n_changes++] = (struct change){id, x[id], peaks[id / SM_PEAK]};
     x[id] = value;
-    peaks[id / SM_PEAK] = peak_of(s, x, id);
+    peaks[id / SM_PEAK] = sm_peak(x, (size_t)s->n_vocab, (size_t)id / SM_PEAK);
 }
 
 /* Penalties and bias. */
@@ -270,7 +265,7 @@ static void mask(struct sm_sampler *s, const float *x) {
             if (!(word & 1)) y[j] = -INFINITY;
         }
     }
-    sm_peaks(y, (size_t)s->n_vocab, s->masked_peaks);
+    sm_peaks(s->masked_peaks, y, (size_t)s->n_vocab);
 }
 
 /* ---- passes over the vocabulary, or its peaks ------------------------------------------------ */

@@ -24,7 +24,7 @@ MAY_INCLUDE = {
     "cpu": {"os", "threads"},
     "threads": {"os", "cpu"},
     "quants": {"f16"},
-    "kernels": {"quants", "f16", "fma", "cpu", "os"},
+    "kernels": {"quants", "f16", "fma", "cpu", "os", "peaks"},
     "gguf": {"os", "quants"},
     "unicode": set(),
     "pretok": {"unicode"},

@@ -154,6 +154,7 @@ struct sm_kernels {
     void (*gelu)(float *out, const float *x, size_t n);
     void (*scale)(float *out, const float *x, float a, size_t n);
     void (*add)(float *out, const float *x, size_t n);                        /* out += x */
+    void (*peaks)(float *out, const float *x, size_t n);                      /* peaks.h */
 };
 
 /* The process's kernels: the best tier of isas.def that the CPU can run, or SMALLM_ISA's.

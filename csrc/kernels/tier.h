@@ -29,5 +29,6 @@ void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n);
 void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n);
 void SM_NAME(sm_add)(float *out, const float *x, size_t n);
+void SM_NAME(sm_peaks)(float *out, const float *x, size_t n);
 
 #endif

@@ -978,6 +978,32 @@ static void expect_tier(const char *wanted, const char *name) {
     }
 }
 
+/* Against a maximum taken one by one; NaN has no equal, so it is compared as a number. */
+static void case_peaks(uint64_t seed) {
+    float x[400], got[25];
+    size_t n = 1 + below(SM_COUNT(x));
+    snprintf(shape, sizeof shape, "n %zu", n);
+    for (size_t j = 0; j < n; j++) x[j] = (float)below(2001) - 1000.0f;
+    if (seed % 3 != 0 && n > 40) {
+        x[n / 2] = NAN;
+        x[n - 1] = -INFINITY;
+        for (size_t j = 0; j < 16; j++) x[j] = j % 2 == 0 ? -0.0f : 0.0f;
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.peaks(got, x, n);
+        for (size_t b = 0; b < (n + 15) / 16; b++) {
+            float most = -INFINITY;
+            bool nan = false;
+            for (size_t j = 16 * b; j < SM_MIN(16 * b + 16, n); j++) {
+                most = fmaxf(most, x[j]);
+                nan = nan || isnan(x[j]);
+            }
+            if (nan ? !isnan(got[b]) : got[b] != most || (most == 0 && signbit(got[b])))
+                fail(tiers[i].name, "peaks");
+        }
+    }
+}
+
 static void case_dispatch(uint64_t seed) {
     (void)seed;
     const char *before = getenv("SMALLM_ISA");
@@ -1266,6 +1292,7 @@ static const struct {
     {"attend_fold", case_fold, 2000, 100},
     {"kv_store", case_kv_store, 2000, 100},
     {"vector", case_vector, 2000, 100},
+    {"peaks", case_peaks, 1000, 50},
     {"dispatch", case_dispatch, 1, 1},
 };
 

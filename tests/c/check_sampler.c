@@ -182,7 +182,7 @@ static int next(struct sm_sampler *s, const float *logits, int n_top, struct sm_
     static float x[MAX_VOCAB], peaks[MAX_VOCAB], peaks_before[MAX_VOCAB];
     size_t n = (size_t)made_for;
     memcpy(x, logits, n * sizeof *x);
-    sm_peaks(x, n, peaks);
+    sm_peaks(peaks, x, n);
     memcpy(peaks_before, peaks, sm_n_peaks(n) * sizeof *peaks);
     int rc = sm_sampler_next(s, x, peaks, n_top, out, err);
     CHECK(memcmp(x, logits, n * sizeof *x) == 0, "logits changed");

@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "../expf.h"
+#include "../../peaks.h"
 #include "../tier.h"
 
 static float tree16(float v[16]) {
@@ -68,3 +69,5 @@ void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n) {
 void SM_NAME(sm_add)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] += x[i];
 }
+
+void SM_NAME(sm_peaks)(float *out, const float *x, size_t n) { sm_peaks(out, x, n); }

@@ -20,6 +20,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
         .gelu = SM_NAME(sm_gelu),
         .scale = SM_NAME(sm_scale),
         .add = SM_NAME(sm_add),
+        .peaks = SM_NAME(sm_peaks),
     };
     SM_NAME(sm_init_matmul)(k);
 }

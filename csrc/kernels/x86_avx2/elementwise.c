@@ -1,6 +1,7 @@
 /* Norms, rotations and activations on vectors of 8. */
 #include <math.h>
 
+#include "../../peaks.h"
 #include "../tier.h"
 #include "expf.h"
 
@@ -104,4 +105,17 @@ void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
         u = _mm256_xor_ps(_mm256_mul_ps(v, u), sign);
         store(out, i, n, _mm256_div_ps(v, _mm256_add_ps(one, expf8(u))));
     }
+}
+
+void SM_NAME(sm_peaks)(float *out, const float *x, size_t n) {
+    const size_t n_whole = n / SM_PEAK;
+    for (size_t i = 0; i < n_whole; i++, x += SM_PEAK) {
+        __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8);
+        bool nan = _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
+        __m256 top = _mm256_max_ps(a, b);
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+        four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        out[i] = nan ? __builtin_nanf("") : _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four))) + 0.0f;
+    }
+    if (n % SM_PEAK != 0) sm_peaks(out + n_whole, x, n % SM_PEAK);
 }

@@ -13,5 +13,6 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->rope_halves = SM_NAME(sm_rope_halves);
     k->swiglu = SM_NAME(sm_swiglu);
     k->gelu = SM_NAME(sm_gelu);
+    k->peaks = SM_NAME(sm_peaks);
     SM_NAME(sm_init_matmul)(k);
 }
