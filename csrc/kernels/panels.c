@@ -1,7 +1,7 @@
 /* Packing file rows into panels of 16 rows, and reading single rows back; layouts in panels.h.
  *
- * Packing is what loading waits for: it writes whole lines of 16 rows, each once, so that it runs at
- * about the speed of memory in plain C. */
+ * Loading waits for packing.  It writes whole lines of 16 rows, each once, and moves codes by
+ * words, which in plain C is about as fast as memory takes them. */
 #include "panels.h"
 
 #define ROWS SM_PANEL_ROWS
@@ -69,12 +69,14 @@ INLINE void pack_integers(struct sm_layout f, sm_parts_fn *take, size_t block_by
 }
 
 void sm_panel_block(struct sm_layout f, const uint8_t *block, size_t r, struct sm_codes *c) {
-    struct sm_parts p = {0};
+    struct sm_parts p;
+    p.m = 0;
     memcpy(&p.d, block + 2 * r, 2);
     if (f.mins) memcpy(&p.m, block + 2 * (ROWS + r), 2);
     for (size_t s = 0; s < sm_layout_n_sub(f) && f.scales != SM_SCALES_NONE; s++) {
         p.scale[s] = block[sm_layout_scales(f) + s * ROWS + r];
-        if (f.mins && f.scales == SM_SCALES_BYTES) p.min[s] = block[sm_layout_mins(f) + s * ROWS + r];
+        if (f.mins && f.scales == SM_SCALES_BYTES)
+            p.min[s] = block[sm_layout_mins(f) + s * ROWS + r];
     }
     const uint8_t *group = block + sm_layout_codes(f);
     for (int i = 0; i < f.block / SM_SLAB * (f.low + f.high); i++, group += SM_GROUP_BYTES)
@@ -86,10 +88,10 @@ void sm_panel_block(struct sm_layout f, const uint8_t *block, size_t r, struct s
 
 void sm_panel_pack(enum sm_type t, void *panel, const void *rows, size_t n_rows, size_t k) {
     switch (t) {
-#define SM_CODES(NAME, name, ...)                                                           \
-    case SM_TYPE_##NAME:                                                                    \
-        pack_integers(SM_LAYOUT(__VA_ARGS__), sm_parts_##name, sm_quants[t].block_bytes,    \
-                      panel, rows, n_rows, k);                                              \
+#define SM_CODES(NAME, name, ...)                                                          \
+    case SM_TYPE_##NAME:                                                                   \
+        pack_integers(SM_LAYOUT(__VA_ARGS__), sm_parts_##name, sm_quants[t].block_bytes,   \
+                      panel, rows, n_rows, k);                                             \
         break;
 #include "../quants/codes.def"
 #undef SM_CODES

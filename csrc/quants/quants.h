@@ -1,8 +1,8 @@
 /* Weight formats as the file stores them: sizes, and the value of every weight.
  *
- * One file per format holds its block layout and its dequantization, which defines what a weight
- * *is*: bit for bit what the `gguf` Python package's gguf.quants gives.  Matrix kernels work on
- * panels (kernels/kernels.h) made from the same blocks. */
+ * One file per format holds its block layout and how a block comes apart (struct sm_parts).  That
+ * serves both dequantization, which defines what a weight *is*, bit for bit what the `gguf` Python
+ * package's gguf.quants gives, and the panels that matrix kernels work on (kernels/kernels.h). */
 #ifndef SM_QUANTS_H
 #define SM_QUANTS_H
 
