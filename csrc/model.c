@@ -13,7 +13,7 @@
 #include "os.h"
 #include "threads.h"
 
-#define READ_BYTES ((size_t)1 << 20)
+#define READ_BYTES ((size_t)1 << 18) /* stays in a core's cache between reading and packing */
 
 enum need {
     REQUIRED,

@@ -15,19 +15,6 @@
 
 #include "kernels.h"
 
-enum sm_scales { SM_SCALES_NONE, SM_SCALES_BYTES, SM_SCALES_NIBBLES };
-
-struct sm_layout { /* a row of codes.def */
-    int block, sub, group;
-    bool mins;
-    enum sm_scales scales;
-    int low, high, bias;
-};
-
-#define SM_LAYOUT(block, sub, group, mins, scales, low, high, bias) \
-    ((struct sm_layout){block, sub, group, mins, SM_SCALES_##scales, low, high, bias})
-
-#define SM_SLAB 32       /* columns */
 #define SM_GROUP_BYTES 64
 
 static inline size_t sm_layout_n_sub(struct sm_layout f) { return (size_t)(f.block / f.sub); }
@@ -49,7 +36,7 @@ static inline size_t sm_layout_bytes(struct sm_layout f) {
     return sm_layout_codes(f) + (size_t)(f.block / SM_SLAB) * sm_layout_slab(f);
 }
 
-/* Row r of a panel's block in integers, as sm_codes_NAME gives the file's (panels.c). */
+/* Row r of a panel's block in integers (panels.c). */
 void sm_panel_block(struct sm_layout f, const uint8_t *block, size_t r, struct sm_codes *c);
 
 #endif

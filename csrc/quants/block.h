@@ -18,23 +18,70 @@ static inline size_t sm_find_bad_f16(const void *blocks, size_t n_blocks, size_t
     return n_blocks;
 }
 
-/* A block of 32 values: one scale, one min. */
-static inline void sm_codes_begin(struct sm_codes *c, float d, float m) {
-    c->d = d;
-    c->m = m;
-    c->scale[0] = c->min[0] = 1;
+/* Exchanges the bits mask << shift of *a with the bits mask of *b. */
+static inline void sm_exchange(uint64_t *a, uint64_t *b, int shift, uint64_t mask) {
+    uint64_t t = ((*a >> shift) ^ *b) & mask;
+    *a ^= t << shift;
+    *b ^= t;
+}
+
+/* The K-quants' planes: byte j of 32 holds column j of 8 / bits slabs, of slab s in bits
+ * bits s .. bits s + bits - 1.  Into words[bits] of each slab, which are `step` words apart: a
+ * transposition of slabs and groups, by halves. */
+static inline void sm_transpose(const uint8_t codes[SM_SLAB], int bits, uint32_t *words,
+                                size_t step) {
+    uint64_t x[4]; /* two groups each */
+    memcpy(x, codes, sizeof x);
+    sm_exchange(&x[0], &x[2], 4, 0x0F0F0F0F0F0F0F0Fu);
+    sm_exchange(&x[1], &x[3], 4, 0x0F0F0F0F0F0F0F0Fu);
+    if (bits <= 2) {
+        sm_exchange(&x[0], &x[1], 2, 0x3333333333333333u);
+        sm_exchange(&x[2], &x[3], 2, 0x3333333333333333u);
+    }
+    for (int i = 0; i < 4 && bits == 1; i++) { /* within a pair of groups */
+        uint64_t t = (x[i] >> 1 ^ x[i] >> 32) & 0x55555555u;
+        x[i] ^= t << 1 ^ t << 32;
+    }
+    size_t bytes = 4 * (size_t)bits;
+    for (size_t s = 0; s < 8 / (size_t)bits; s++)
+        memcpy(words + s * step, (const uint8_t *)x + s * bytes, bytes);
+}
+
+/* Exchanges the bits `mask` of x with those `distance` above them. */
+static inline uint32_t sm_exchange_within(uint32_t x, int distance, uint32_t mask) {
+    uint32_t t = (x >> distance ^ x) & mask;
+    return x ^ t ^ t << distance;
+}
+
+/* The word of a high plane of one bit, of 32 columns whose bits lie in order: bit 4 g + j goes to
+ * 8 j + g, by four exchanges of two binary digits of a bit's number (4 and 1, 3 and 0, 2 and 1,
+ * 1 and 0). */
+static inline uint32_t sm_high_plane(const uint8_t bits[4]) {
+    uint32_t x;
+    memcpy(&x, bits, 4);
+    x = sm_exchange_within(x, 14, 0x0000CCCCu);
+    x = sm_exchange_within(x, 7, 0x00AA00AAu);
+    x = sm_exchange_within(x, 2, 0x0C0C0C0Cu);
+    return sm_exchange_within(x, 1, 0x22222222u);
 }
 
 /* The 6-bit scales and mins of the 8 sub-blocks of Q4_K and Q5_K, from 12 bytes: the low six bits
  * of bytes 0-3 are scales 0-3, of bytes 4-7 mins 0-3; bytes 8-11 hold the low nibbles of scales
  * (low) and mins (high) 4-7, whose top two bits are those of bytes 0-3 and 4-7. */
-static inline void sm_scales_mins(const uint8_t packed[12], struct sm_codes *c) {
+static inline void sm_scales_mins(const uint8_t packed[12], struct sm_parts *p) {
     for (int s = 0; s < 4; s++) {
-        c->scale[s] = packed[s] & 63;
-        c->min[s] = packed[s + 4] & 63;
-        c->scale[s + 4] = (int16_t)((packed[s + 8] & 15) | (packed[s] >> 6) << 4);
-        c->min[s + 4] = (int16_t)(packed[s + 8] >> 4 | (packed[s + 4] >> 6) << 4);
+        p->scale[s] = packed[s] & 63;
+        p->min[s] = packed[s + 4] & 63;
+        p->scale[s + 4] = (uint8_t)((packed[s + 8] & 15) | (packed[s] >> 6) << 4);
+        p->min[s + 4] = (uint8_t)(packed[s + 8] >> 4 | (packed[s + 4] >> 6) << 4);
     }
 }
+
+/* Defines sm_parts_<name> from a static inline `take`, which takes one struct block apart. */
+#define SM_DEFINE_PARTS(name)                                                                     \
+    void sm_parts_##name(const void *blocks, size_t stride, size_t n, struct sm_parts *parts) {   \
+        for (size_t i = 0; i < n; i++)                                                            \
+            take((const struct block *)((const uint8_t *)blocks + i * stride), &parts[i]);        \
+    }
 
 #endif

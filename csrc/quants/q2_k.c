@@ -9,17 +9,13 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 84, "as in quants.def");
 
-void sm_codes_q2_k(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    c->d = sm_f16_at(b->d);
-    c->m = sm_f16_at(b->dmin);
-    for (int s = 0; s < 16; s++) {
-        c->scale[s] = b->scales[s] & 15;
-        c->min[s] = b->scales[s] >> 4;
-    }
-    for (int j = 0; j < 256; j++)
-        c->code[j] = b->codes[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = sm_u16_at(b->dmin);
+    memcpy(p->scale, b->scales, sizeof b->scales);
+    for (int h = 0; h < 2; h++) sm_transpose(b->codes + 32 * h, 2, p->plane + 8 * h, 2);
 }
+SM_DEFINE_PARTS(q2_k)
 
 size_t sm_find_nonfinite_q2_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);

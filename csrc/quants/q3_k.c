@@ -10,21 +10,18 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 110, "as in quants.def");
 
-void sm_codes_q3_k(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    c->d = sm_f16_at(b->d);
-    c->m = 0;
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = 0;
     for (int s = 0; s < 16; s++) {
         int low = b->scales[s % 8] >> (s / 8 * 4) & 15;
         int top = b->scales[8 + s % 4] >> (s / 4 * 2) & 3;
-        c->scale[s] = (int16_t)((low | top << 4) - 32);
-        c->min[s] = 0;
+        p->scale[s] = (uint8_t)((low | top << 4) - 32);
     }
-    for (int j = 0; j < 256; j++) {
-        int low = b->codes[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
-        c->code[j] = (uint8_t)(low | (b->high[j % 32] >> (j / 32) & 1) << 2);
-    }
+    for (int h = 0; h < 2; h++) sm_transpose(b->codes + 32 * h, 2, p->plane + 12 * h, 3);
+    sm_transpose(b->high, 1, p->plane + 2, 3);
 }
+SM_DEFINE_PARTS(q3_k)
 
 size_t sm_find_nonfinite_q3_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);

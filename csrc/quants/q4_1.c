@@ -7,14 +7,12 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 20, "as in quants.def");
 
-void sm_codes_q4_1(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    sm_codes_begin(c, sm_f16_at(b->d), -sm_f16_at(b->m)); /* m is added */
-    for (int j = 0; j < 16; j++) {
-        c->code[j] = b->codes[j] & 15;
-        c->code[j + 16] = b->codes[j] >> 4;
-    }
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = sm_u16_at(b->m);
+    memcpy(p->plane, b->codes, sizeof b->codes); /* groups i and i + 4, as in a plane */
 }
+SM_DEFINE_PARTS(q4_1)
 
 size_t sm_find_nonfinite_q4_1(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);

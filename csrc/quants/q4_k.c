@@ -9,14 +9,13 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 144, "as in quants.def");
 
-void sm_codes_q4_k(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    c->d = sm_f16_at(b->d);
-    c->m = sm_f16_at(b->dmin);
-    sm_scales_mins(b->scales, c);
-    for (int j = 0; j < 256; j++)
-        c->code[j] = b->codes[j / 64 * 32 + j % 32] >> (j / 32 % 2 * 4) & 15;
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = sm_u16_at(b->dmin);
+    sm_scales_mins(b->scales, p);
+    for (int s = 0; s < 4; s++) sm_transpose(b->codes + 32 * s, 4, p->plane + 8 * s, 4);
 }
+SM_DEFINE_PARTS(q4_k)
 
 size_t sm_find_nonfinite_q4_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);

@@ -8,15 +8,13 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 24, "as in quants.def");
 
-void sm_codes_q5_1(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    sm_codes_begin(c, sm_f16_at(b->d), -sm_f16_at(b->m)); /* m is added */
-    uint32_t high = (uint32_t)sm_u16_at(b->high) | (uint32_t)sm_u16_at(b->high + 2) << 16;
-    for (int j = 0; j < 16; j++) {
-        c->code[j] = (uint8_t)((b->codes[j] & 15) | (high >> j & 1) << 4);
-        c->code[j + 16] = (uint8_t)(b->codes[j] >> 4 | (high >> (j + 16) & 1) << 4);
-    }
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = sm_u16_at(b->m);
+    memcpy(p->plane, b->codes, sizeof b->codes); /* groups i and i + 4, as in a plane */
+    p->plane[4] = sm_high_plane(b->high);
 }
+SM_DEFINE_PARTS(q5_1)
 
 size_t sm_find_nonfinite_q5_1(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);

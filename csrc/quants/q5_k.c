@@ -10,16 +10,14 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 176, "as in quants.def");
 
-void sm_codes_q5_k(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    c->d = sm_f16_at(b->d);
-    c->m = sm_f16_at(b->dmin);
-    sm_scales_mins(b->scales, c);
-    for (int j = 0; j < 256; j++) {
-        int low = b->codes[j / 64 * 32 + j % 32] >> (j / 32 % 2 * 4) & 15;
-        c->code[j] = (uint8_t)(low | (b->high[j % 32] >> (j / 32) & 1) << 4);
-    }
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = sm_u16_at(b->dmin);
+    sm_scales_mins(b->scales, p);
+    for (int s = 0; s < 4; s++) sm_transpose(b->codes + 32 * s, 4, p->plane + 10 * s, 5);
+    sm_transpose(b->high, 1, p->plane + 4, 5);
 }
+SM_DEFINE_PARTS(q5_k)
 
 size_t sm_find_nonfinite_q5_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);

@@ -10,20 +10,15 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 210, "as in quants.def");
 
-void sm_codes_q6_k(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    c->d = sm_f16_at(b->d);
-    c->m = 0;
-    for (int s = 0; s < 16; s++) {
-        c->scale[s] = b->scales[s];
-        c->min[s] = 0;
-    }
-    for (int j = 0; j < 256; j++) {
-        int low = b->low[j / 128 * 64 + j % 64] >> (j / 64 % 2 * 4) & 15;
-        int top = b->high[j / 128 * 32 + j % 32] >> (j / 32 % 4 * 2) & 3;
-        c->code[j] = (uint8_t)(low | top << 4);
-    }
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = 0;
+    memcpy(p->scale, b->scales, sizeof b->scales);
+    for (int i = 0; i < 4; i++) /* slabs i, i + 2 of the first half, i + 2, i + 4 of the second */
+        sm_transpose(b->low + 32 * i, 4, p->plane + 6 * (i + i / 2 * 2), 12);
+    for (int h = 0; h < 2; h++) sm_transpose(b->high + 32 * h, 2, p->plane + 24 * h + 4, 6);
 }
+SM_DEFINE_PARTS(q6_k)
 
 size_t sm_find_nonfinite_q6_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);

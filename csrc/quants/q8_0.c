@@ -7,11 +7,13 @@ struct block {
 };
 _Static_assert(sizeof(struct block) == 34, "as in quants.def");
 
-void sm_codes_q8_0(const void *block, struct sm_codes *c) {
-    const struct block *b = block;
-    sm_codes_begin(c, sm_f16_at(b->d), 0);
-    for (int j = 0; j < 32; j++) c->code[j] = b->codes[j] ^ 0x80;
+static inline void take(const struct block *b, struct sm_parts *p) {
+    p->d = sm_u16_at(b->d);
+    p->m = 0;
+    memcpy(p->plane, b->codes, sizeof b->codes);
+    for (int i = 0; i < 8; i++) p->plane[i] ^= 0x80808080u;
 }
+SM_DEFINE_PARTS(q8_0)
 
 size_t sm_find_nonfinite_q8_0(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);

@@ -1,21 +1,54 @@
 /* The table of weight formats, and the names of all types a GGUF file may hold. */
 #include "quants.h"
 
-void sm_codes_values(const struct sm_codes *c, int block, int sub, int bias, float *out) {
-    for (int s = 0; s < block / sub; s++) {
+#include "../f16.h"
+
+static uint32_t every_byte(uint32_t x) { return x * 0x01010101u; }
+
+void sm_parts_codes(struct sm_layout f, const struct sm_parts *p, struct sm_codes *c) {
+    bool plain = f.scales == SM_SCALES_NONE;
+    c->d = sm_f16_to_f32(p->d);
+    c->m = sm_f16_to_f32(p->m);
+    if (plain && f.mins) c->m = -c->m; /* it is added; without mins it stays +0 */
+    for (int s = 0; s < f.block / f.sub; s++) {
+        c->scale[s] = c->min[s] = 1;
+        if (f.scales == SM_SCALES_NIBBLES) {
+            c->scale[s] = p->scale[s] & 15;
+            c->min[s] = p->scale[s] >> 4;
+        } else if (!plain) {
+            c->scale[s] = (int8_t)p->scale[s];
+            c->min[s] = f.mins ? p->min[s] : 0;
+        }
+    }
+    const uint32_t *low = p->plane, *high = low + f.low;
+    for (int at = 0; at < f.block; at += SM_SLAB, low += f.low + f.high, high += f.low + f.high)
+        for (int g = 0; g < SM_SLAB / 4; g++) { /* four codes at once: none leaves its byte */
+            uint32_t four = low[g % f.low] >> (g / f.low * f.low) & every_byte((1u << f.low) - 1);
+            if (f.high > 0)
+                four |= (high[g % f.high] >> (g / f.high * f.high) & every_byte((1u << f.high) - 1))
+                        << f.low;
+            memcpy(c->code + at + 4 * g, &four, 4);
+        }
+}
+
+void sm_codes_values(struct sm_layout f, const struct sm_codes *c, float *out) {
+    for (int s = 0; s < f.block / f.sub; s++) {
         float scaled = c->d * (float)c->scale[s], least = c->m * (float)c->min[s];
-        for (int j = s * sub; j < (s + 1) * sub; j++)
-            out[j] = scaled * (float)(c->code[j] - bias) - least;
+        for (int j = s * f.sub; j < (s + 1) * f.sub; j++)
+            out[j] = scaled * (float)(c->code[j] - f.bias) - least;
     }
 }
 
-#define SM_CODES(NAME, name, block, sub, group, mins, scales, low, high, bias)             \
+#define SM_CODES(NAME, name, block, ...)                                                   \
     void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks) {           \
+        struct sm_layout f = SM_LAYOUT(block, __VA_ARGS__);                                \
         const uint8_t *p = blocks;                                                         \
         for (; n_blocks > 0; n_blocks--, out += block) {                                   \
+            struct sm_parts parts;                                                         \
             struct sm_codes c;                                                             \
-            sm_codes_##name(p, &c);                                                        \
-            sm_codes_values(&c, block, sub, bias, out);                                    \
+            sm_parts_##name(p, 0, 1, &parts);                                              \
+            sm_parts_codes(f, &parts, &c);                                                 \
+            sm_codes_values(f, &c, out);                                                   \
             p += sm_quants[SM_TYPE_##NAME].block_bytes;                                    \
         }                                                                                  \
     }

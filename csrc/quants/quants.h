@@ -1,8 +1,8 @@
 /* Weight formats as the file stores them: sizes, and the value of every weight.
  *
- * One file per format holds its block layout and its dequantization, which defines what a weight
- * *is*: bit for bit what the `gguf` Python package's gguf.quants gives.  Matrix kernels work on
- * panels (kernels/kernels.h) made from the same blocks. */
+ * One file per format holds its block layout and how a block comes apart (struct sm_parts).  That
+ * serves both dequantization, which defines what a weight *is*, bit for bit what the `gguf` Python
+ * package's gguf.quants gives, and the panels that matrix kernels work on (kernels/kernels.h). */
 #ifndef SM_QUANTS_H
 #define SM_QUANTS_H
 
@@ -43,7 +43,31 @@ static inline size_t sm_row_bytes(enum sm_type t, size_t k) {
     return k / sm_quants[t].block_size * sm_quants[t].block_bytes;
 }
 
-/* One block of an integer format in integers (codes.def): value c of sub-block s is
+enum sm_scales { SM_SCALES_NONE, SM_SCALES_BYTES, SM_SCALES_NIBBLES };
+
+struct sm_layout { /* a row of codes.def */
+    int block, sub, group;
+    bool mins;
+    enum sm_scales scales;
+    int low, high, bias;
+};
+
+#define SM_LAYOUT(block, sub, group, mins, scales, low, high, bias) \
+    ((struct sm_layout){block, sub, group, mins, SM_SCALES_##scales, low, high, bias})
+
+#define SM_SLAB 32 /* columns */
+
+/* One block of an integer format taken apart, its codes as panels keep them (kernels/panels.h): in
+ * two planes, low bits and high bits.  32 columns are a slab, 4 of them a group.  A plane of b bits
+ * is b words a slab: byte j of word i holds column j of the groups i + b n, each in bits
+ * b n .. b n + b - 1. */
+struct sm_parts {
+    uint16_t d, m;              /* float16, as the file has them; m is 0 without mins */
+    uint8_t scale[16], min[16]; /* [block / sub]; NIBBLES: scale holds both; NONE: undefined */
+    uint32_t plane[48];         /* [block / 32][low + high] */
+};
+
+/* The same in integers: value c of sub-block s is
  * (d * scale[s]) * (code[c] - bias) - (m * min[s]), each operation rounded to float. */
 struct sm_codes {
     float d, m;
@@ -51,10 +75,14 @@ struct sm_codes {
     uint8_t code[256];          /* [block] */
 };
 
-/* The values of one block, out [block], from its integers. */
-void sm_codes_values(const struct sm_codes *c, int block, int sub, int bias, float *out);
+void sm_parts_codes(struct sm_layout f, const struct sm_parts *p, struct sm_codes *c);
 
-#define SM_CODES(NAME, name, ...) void sm_codes_##name(const void *block, struct sm_codes *c);
+/* The values of one block, out [block], from its integers. */
+void sm_codes_values(struct sm_layout f, const struct sm_codes *c, float *out);
+
+/* n blocks of a file, which lie `stride` bytes apart, into parts[n]. */
+typedef void sm_parts_fn(const void *blocks, size_t stride, size_t n, struct sm_parts *parts);
+#define SM_CODES(NAME, name, ...) sm_parts_fn sm_parts_##name;
 #include "codes.def"
 #undef SM_CODES
 
