@@ -249,14 +249,20 @@ static void prepare_phase(void *arg, int thread, struct sm_work *work) {
     turn_to(l, SM_TIMER_WAIT);
 }
 
-/* Panels first .. first + n_panels - 1 of w for all rows into out [rows][ld]. */
+/* Panel `panel` of w; one past the end is what lies behind it. */
+static const uint8_t *panel_of(const struct sm_matrix *w, size_t panel) {
+    return w->panels + panel * w->panel_bytes;
+}
+
+/* Panels first .. first + n_panels - 1 of w for all rows into out [rows][ld]; then come those at
+ * `next`. */
 static void multiply(const struct project *p, const struct sm_matrix *w,
-                     const struct sm_acts *acts, size_t first, size_t n_panels, struct local *l,
-                     float *out, size_t ld) {
+                     const struct sm_acts *acts, size_t first, size_t n_panels, const uint8_t *next,
+                     struct local *l, float *out, size_t ld) {
     struct sm_matmul m = {
         .out = out, .ld = ld,
-        .panels = w->panels + first * w->panel_bytes, .panel_bytes = w->panel_bytes,
-        .n_panels = n_panels, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->rows,
+        .panels = panel_of(w, first), .panel_bytes = w->panel_bytes,
+        .n_panels = n_panels, .next = next, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->rows,
         .scratch = l->scratch,
     };
     turn_to(l, p->head ? SM_TIMER_HEAD : SM_TIMER_MATMUL + (enum sm_timer)w->type);
@@ -307,20 +313,22 @@ static void run_tile(const struct project *p, const struct sm_product *product,
                      const struct sm_acts *acts, size_t panel, size_t n_panels, struct local *l) {
     const size_t row = panel * SM_PANEL_ROWS, ld = n_panels * SM_PANEL_ROWS;
     const size_t n_rows = SM_MIN(ld, product->w->n_rows - row);
+    const uint8_t *next = panel_of(product->w, panel + n_panels);
     float *gate = l->tile[0], *up = l->tile[1];
     if (p->gated != NULL) {
-        multiply(p, product->w, acts, panel, n_panels, l, gate, ld);
-        multiply(p, p->products[1].w, acts, panel, n_panels, l, up, ld);
+        const struct sm_matrix *w_up = p->products[1].w;
+        multiply(p, product->w, acts, panel, n_panels, panel_of(w_up, panel), l, gate, ld);
+        multiply(p, w_up, acts, panel, n_panels, next, l, up, ld);
         finish_gated(p, row, n_rows, ld, gate, up);
         return;
     }
     bool as_is = !product->add && !product->gelu && !p->fine && product->rows == NULL;
     if (as_is && n_rows == ld) { /* nothing is between the sums and their place */
         float *out = product->out + row;
-        multiply(p, product->w, acts, panel, n_panels, l, out, product->stride);
+        multiply(p, product->w, acts, panel, n_panels, next, l, out, product->stride);
         add_bias(p, product, row, n_rows, product->stride, out);
     } else {
-        multiply(p, product->w, acts, panel, n_panels, l, gate, ld);
+        multiply(p, product->w, acts, panel, n_panels, next, l, gate, ld);
         finish(p, product, row, n_rows, ld, gate);
     }
 }

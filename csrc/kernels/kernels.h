@@ -105,6 +105,7 @@ struct sm_matmul {
     size_t ld;
     const uint8_t *panels; /* [n_panels][panel_bytes], SM_ALIGN-aligned */
     size_t panel_bytes, n_panels;
+    const uint8_t *next;   /* panels as large that the thread will probably read next: a hint, or NULL */
     const struct sm_acts *acts; /* rows first .. first + n_tokens - 1 */
     size_t first, n_tokens;
     void *scratch;         /* SM_SCRATCH_BYTES */

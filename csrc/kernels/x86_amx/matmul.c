@@ -80,7 +80,7 @@ INLINE void configure(int n_blocks) {
 /* Some blocks of TOKENS tokens (of HALF, where halved) against one panel. */
 struct tile {
     const uint8_t *panel;    /* at the first block */
-    const uint8_t *next;     /* the panel to come, which the first tokens ask for; or NULL */
+    const uint8_t *next;     /* blocks to come, which the first tokens ask for; or NULL */
     const uint8_t *codes;    /* [columns / 4][64] */
     const int8_t *q;         /* [TOKENS][stride]; halved: [pairs of blocks][TOKENS][64], see spread */
     const float *d, *s;      /* [tokens][row_blocks] */
@@ -163,7 +163,8 @@ INLINE void run_tile(struct sm_layout f, bool halved, const struct tile *a) {
 /* n_b blocks from b on of one panel, for n_tokens tokens, a multiple of TOKENS (HALF of them, where
  * halved, and `spread_q` are their activations). */
 INLINE void run_panel(struct sm_layout f, bool halved, const struct sm_matmul *m, size_t panel,
-                      size_t first, size_t n_tokens, size_t b, size_t n_b, const int8_t *spread_q) {
+                      size_t first, size_t n_tokens, size_t b, size_t n_b, const int8_t *spread_q,
+                      const uint8_t *next) {
     const struct sm_acts *acts = m->acts;
     const size_t all = acts->k_pad / SM_SLAB, step = halved ? HALF : TOKENS;
     const uint8_t *from = m->panels + panel * m->panel_bytes;
@@ -178,7 +179,7 @@ INLINE void run_panel(struct sm_layout f, bool halved, const struct sm_matmul *m
         a.d = acts->d + row * all + b;
         a.s = acts->s + row * all + b;
         a.out = m->out + t * m->ld + panel * ROWS;
-        a.next = t == first ? a.panel + m->panel_bytes : NULL;
+        a.next = t == first ? next : NULL;
         run_tile(f, halved, &a);
     }
 }
@@ -211,8 +212,12 @@ INLINE void run_panels(struct sm_layout f, bool halved, const struct sm_matmul *
     for (size_t b = 0; b < all; b += most) {
         size_t n_b = SM_MIN(all - b, most);
         if (halved) spread(m, first, b, n_b, spread_q);
-        for (size_t p = 0; p < m->n_panels; p++)
-            run_panel(f, halved, m, p, first, n_tokens, b, n_b, spread_q);
+        const size_t at = b * sm_layout_bytes(f), after = at + n_b * sm_layout_bytes(f);
+        for (size_t p = 0; p < m->n_panels; p++) {
+            const uint8_t *next = m->panels + (p + 1) * m->panel_bytes + at;
+            if (p + 1 == m->n_panels) next = b + n_b < all ? m->panels + after : m->next;
+            run_panel(f, halved, m, p, first, n_tokens, b, n_b, spread_q, next);
+        }
     }
     _tile_release();
 }

@@ -80,8 +80,8 @@ struct tile {
     size_t ld;
     bool carry;              /* starts from out instead of zero */
     bool first_pass;         /* packed: prefetches; later tokens find the panels in the cache */
-    size_t n_within, to_next; /* packed: blocks whose prefetch stays in the panel; from a panel's end
-                               * to the panel that follows in this stream */
+    size_t n_within;         /* packed: blocks whose prefetch stays in the panel */
+    uintptr_t to_next;       /* from a panel's end to the panel that follows in this stream */
     /* Of the sums of q over a sub-block (32 columns at most): */
     int32_t seed[TILE_TOKENS][TILE_COLUMNS / 16]; /* -bias * sum, what the codes' bias adds */
     int32_t pairs[TILE_TOKENS][TILE_COLUMNS / 32]; /* neighbours as two int16, for the mins */
@@ -369,7 +369,10 @@ INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const 
                                 : (uint8_t *)m->scratch + p * (TILE_COLUMNS * ROWS);
     size_t n_left = a.row_blocks - first, n_ahead = (PREFETCH_BYTES + step - 1) / step;
     a.n_within = n_left > n_ahead ? n_left - n_ahead : 0;
-    a.to_next = (size_t)(n_p - 1) * m->panel_bytes;
+    size_t n_done = panel + (size_t)n_p;
+    const uint8_t *next = m->panels + n_done * m->panel_bytes;
+    if (n_done == m->n_panels && m->next != NULL) next = m->next;
+    a.to_next = (uintptr_t)next - (uintptr_t)(m->panels + (panel + 1) * m->panel_bytes);
     prepare_sums(f, n_t, &a, acts->sum + at * sums, a.row_blocks * sums);
     a.first_pass = t == 0;
     if (f.scales == SM_SCALES_NONE && unpacked)
