@@ -3,32 +3,46 @@
 #include "../attend.h"
 #include "../tier.h"
 #include "expf.h"
+#include "quantize.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_VECTORS 8
 
 /* Elements [at, at + 8) of a page. */
-INLINE __m256 load(bool half, const void *page, size_t at) {
-    if (!half) return _mm256_loadu_ps((const float *)page + at);
+INLINE __m256 load(int type, const void *page, size_t at) {
+    if (type == SMALLM_KV_F32) return _mm256_loadu_ps((const float *)page + at);
+    if (type == SMALLM_KV_Q8) {
+        __m128i codes = _mm_loadl_epi64((const __m128i *)((const int8_t *)page + at));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    }
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)page + at)));
 }
 /* [at, at + 4), else 0. */
-INLINE __m256 load_four(bool half, const void *page, size_t at) {
-    const uint16_t *h = (const uint16_t *)page + at;
-    __m128 four = half ? _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)h))
-                       : _mm_loadu_ps((const float *)page + at);
+INLINE __m256 load_four(int type, const void *page, size_t at) {
+    __m128 four;
+    if (type == SMALLM_KV_F32) {
+        four = _mm_loadu_ps((const float *)page + at);
+    } else if (type == SMALLM_KV_Q8) {
+        int32_t codes;
+        memcpy(&codes, (const int8_t *)page + at, sizeof codes);
+        four = _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(codes)));
+    } else {
+        four = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)page + at)));
+    }
     return _mm256_insertf128_ps(_mm256_setzero_ps(), four, 0);
 }
 
-/* Asks for n float16 values of the next page. */
-INLINE void prefetch(const void *next, size_t at, int n) {
-    for (int i = 0; i < n; i += 32) _mm_prefetch((const char *)next + 2 * (at + i), _MM_HINT_T1);
+/* Asks for n values of the next page. */
+INLINE void prefetch(int type, const void *next, size_t at, int n) {
+    const int size = (int)sm_kv_value_bytes(type);
+    const char *begin = (const char *)next + at * (size_t)size;
+    for (int i = 0; i < n * size; i += 64) _mm_prefetch(begin + i, _MM_HINT_T1);
 }
 
 /* ---- scores --------------------------------------------------------------------------------- */
 
 /* s_j of n_q queries at 8 n_v positions (n_v even) from j on. */
-INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, size_t j) {
+INLINE void score_tile(int type, int n_v, int n_q, const struct sm_part *p, size_t j) {
     const size_t head = p->head, at = (j - p->base) * head; /* of [n_v / 2][head][16] */
     const float *q = p->q;
     const void *page = p->page, *next = p->next;
@@ -37,9 +51,9 @@ INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, siz
         for (int i = 0; i < n_q; i++) acc[v][i] = _mm256_setzero_ps();
     for (size_t d = 0; d < head; d++) {
         __m256 key[MAX_VECTORS];
-        if (half) prefetch(next, at + (size_t)n_v * 8 * d, n_v * 8);
+        if (type != SMALLM_KV_F32) prefetch(type, next, at + (size_t)n_v * 8 * d, n_v * 8);
         for (int v = 0; v < n_v; v++)
-            key[v] = load(half, page, at + ((size_t)(v / 2) * head + d) * 16 + v % 2 * 8);
+            key[v] = load(type, page, at + ((size_t)(v / 2) * head + d) * 16 + v % 2 * 8);
         for (int i = 0; i < n_q; i++) {
             __m256 query = _mm256_broadcast_ss(q + (size_t)i * head + d);
             for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(query, key[v], acc[v][i]);
@@ -50,20 +64,20 @@ INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, siz
             _mm256_storeu_ps(p->weight + i * SM_SCORE_STRIDE + j + 8 * v, acc[v][i]);
 }
 
-INLINE void score_queries(bool half, int n_v, int n_q, const struct sm_part *p) {
+INLINE void score_queries(int type, int n_v, int n_q, const struct sm_part *p) {
     size_t j = p->lo, step = (size_t)n_v * 8;
-    for (; j + step <= p->hi; j += step) score_tile(half, n_v, n_q, p, j);
-    for (; j < p->hi; j += 16) score_tile(half, 2, n_q, p, j);
+    for (; j + step <= p->hi; j += step) score_tile(type, n_v, n_q, p, j);
+    for (; j < p->hi; j += 16) score_tile(type, 2, n_q, p, j);
 }
 
-INLINE void score_part(bool half, const struct sm_part *p) {
+INLINE void score_part(int type, const struct sm_part *p) {
     switch (p->n_q) {
-    case 1: score_queries(half, 8, 1, p); break;
-    case 2: score_queries(half, 4, 2, p); break;
-    case 3: score_queries(half, 4, 3, p); break;
-    case 4: score_queries(half, 2, 4, p); break;
-    case 5: score_queries(half, 2, 5, p); break;
-    default: score_queries(half, 2, 6, p); break;
+    case 1: score_queries(type, 8, 1, p); break;
+    case 2: score_queries(type, 4, 2, p); break;
+    case 3: score_queries(type, 4, 3, p); break;
+    case 4: score_queries(type, 2, 4, p); break;
+    case 5: score_queries(type, 2, 5, p); break;
+    default: score_queries(type, 2, 6, p); break;
     }
 }
 
@@ -72,6 +86,17 @@ INLINE __m256 valid(size_t j, size_t lo, size_t hi) {
     __m256i below_hi = lanes_below(hi > j ? hi - j : 0);
     __m256i below_lo = lanes_below(lo > j ? lo - j : 0);
     return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
+}
+
+INLINE void scale_part(const struct sm_part *p) {
+    for (size_t i = 0; i < p->n_q; i++)
+        for (size_t j = p->lo / 16 * 16; j < sm_round_up(p->hi, 16); j += 8) {
+            float *weight = p->weight + i * SM_SCORE_STRIDE + j;
+            __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(weight),
+                                          _mm256_loadu_ps(p->scales + j - p->base));
+            __m256 seen = valid(j, (size_t)p->from[i], (size_t)p->to[i]);
+            _mm256_storeu_ps(weight, _mm256_and_ps(scaled, seen));
+        }
 }
 
 INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m_out,
@@ -101,7 +126,7 @@ INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi
 /* ---- values --------------------------------------------------------------------------------- */
 
 /* o += e_j v_j of n_q queries at 8 n_v dimensions from d on (four: at 4 of them). */
-INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_part *p, size_t d) {
+INLINE void value_tile(int type, bool four, int n_v, int n_q, const struct sm_part *p, size_t d) {
     const size_t head = p->head, base = p->base, hi = p->hi;
     const float *weight = p->weight;
     const void *page = p->page, *next = p->next;
@@ -109,14 +134,14 @@ INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_p
     __m256 acc[MAX_VECTORS][SM_TILE_Q];
     for (int v = 0; v < n_v; v++)
         for (int i = 0; i < n_q; i++)
-            acc[v][i] = four ? load_four(false, o, (size_t)i * head)
+            acc[v][i] = four ? load_four(SMALLM_KV_F32, o, (size_t)i * head)
                              : _mm256_loadu_ps(o + (size_t)i * head + 8 * v);
     for (size_t j = p->lo; j < hi; j++) {
         const size_t at = (j - base) * head + d;
         __m256 value[MAX_VECTORS];
-        if (half) prefetch(next, at, n_v * 8);
+        if (type != SMALLM_KV_F32) prefetch(type, next, at, n_v * 8);
         for (int v = 0; v < n_v; v++)
-            value[v] = four ? load_four(half, page, at) : load(half, page, at + 8 * v);
+            value[v] = four ? load_four(type, page, at) : load(type, page, at + 8 * v);
         for (int i = 0; i < n_q; i++) {
             __m256 e = _mm256_broadcast_ss(weight + i * SM_SCORE_STRIDE + j);
             for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(e, value[v], acc[v][i]);
@@ -131,47 +156,70 @@ INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_p
         }
 }
 
-INLINE void value_queries(bool half, int n_v, int n_q, const struct sm_part *p) {
+INLINE void value_queries(int type, int n_v, int n_q, const struct sm_part *p) {
     size_t d = 0, step = (size_t)n_v * 8;
-    for (; d + step <= p->head; d += step) value_tile(half, false, n_v, n_q, p, d);
-    for (; d + 8 <= p->head; d += 8) value_tile(half, false, 1, n_q, p, d);
-    if (d < p->head) value_tile(half, true, 1, n_q, p, d);
+    for (; d + step <= p->head; d += step) value_tile(type, false, n_v, n_q, p, d);
+    for (; d + 8 <= p->head; d += 8) value_tile(type, false, 1, n_q, p, d);
+    if (d < p->head) value_tile(type, true, 1, n_q, p, d);
 }
 
-INLINE void value_part(bool half, const struct sm_part *p) {
+INLINE void value_part(int type, const struct sm_part *p) {
     switch (p->n_q) {
-    case 1: value_queries(half, 8, 1, p); break;
-    case 2: value_queries(half, 4, 2, p); break;
-    case 3: value_queries(half, 4, 3, p); break;
-    case 4: value_queries(half, 2, 4, p); break;
-    case 5: value_queries(half, 2, 5, p); break;
-    default: value_queries(half, 2, 6, p); break;
+    case 1: value_queries(type, 8, 1, p); break;
+    case 2: value_queries(type, 4, 2, p); break;
+    case 3: value_queries(type, 4, 3, p); break;
+    case 4: value_queries(type, 2, 4, p); break;
+    case 5: value_queries(type, 2, 5, p); break;
+    default: value_queries(type, 2, 6, p); break;
     }
 }
 
-INLINE void widen(const uint16_t *page, const uint16_t *next, size_t n, float *out) {
+INLINE void widen(int type, const void *page, const void *next, size_t n, float *out) {
+    const size_t step = 64 / sm_kv_value_bytes(type);
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        if (i % 32 == 0) prefetch(next, i, 32);
-        _mm256_storeu_ps(out + i, load(true, page, i));
+        if (i % step == 0) prefetch(type, next, i, (int)step);
+        _mm256_storeu_ps(out + i, load(type, page, i));
     }
-    if (i < n) _mm_storeu_ps(out + i, _mm256_castps256_ps128(load_four(true, page, i)));
+    if (i < n) _mm_storeu_ps(out + i, _mm256_castps256_ps128(load_four(type, page, i)));
 }
 
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, true, score_part, softmax, value_part, widen);
+    sm_attend_tiles(a, SMALLM_KV_F16, score_part, scale_part, softmax, value_part, widen);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, false, score_part, softmax, value_part, widen);
+    sm_attend_tiles(a, SMALLM_KV_F32, score_part, scale_part, softmax, value_part, widen);
+}
+static void attend_q8(const struct sm_attend *a) {
+    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, scale_part, softmax, value_part, widen);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {
-    if (a->kv_type == SMALLM_KV_F32)
-        attend_f32(a);
-    else
-        attend_f16(a);
+    switch (a->kv_type) {
+    case SMALLM_KV_F32: attend_f32(a); break;
+    case SMALLM_KV_Q8: attend_q8(a); break;
+    default: attend_f16(a); break;
+    }
+}
+
+/* Codes of x[head] into codes[head]; the scale. */
+static float to_q8(int8_t *codes, const float *x, size_t head) {
+    __m256i max = _mm256_setzero_si256();
+    for (size_t i = 0; i < head; i += 8) max = _mm256_max_epi32(max, abs_bits(load_row(x, i, head)));
+    int32_t bits = largest_lane(max);
+    if (bits >= 0x7f800000) {
+        memset(codes, 0, head);
+        return __builtin_nanf("");
+    }
+    float id, scale = block_scale(bits, &id);
+    for (size_t i = 0; i < head; i += 32) {
+        int8_t some[32];
+        _mm256_storeu_si256((__m256i *)some, quantize32(x, i, head, id));
+        memcpy(codes + i, some, SM_MIN(sizeof some, head - i));
+    }
+    return scale;
 }
 
 void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
@@ -180,6 +228,14 @@ void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, 
     if (kv_type == SMALLM_KV_F32) {
         for (size_t d = 0; d < head; d++) ((float *)k_page)[at + 16 * d] = k[d];
         memcpy((float *)v_page + slot * head, v, head * sizeof *v);
+        return;
+    }
+    if (kv_type == SMALLM_KV_Q8) {
+        int8_t codes[SM_HEAD_MAX], *kq = k_page, *vq = v_page;
+        float *k_scales = (float *)(kq + SM_PAGE * head), *v_scales = (float *)(vq + SM_PAGE * head);
+        k_scales[slot] = to_q8(codes, k, head);
+        for (size_t d = 0; d < head; d++) kq[at + 16 * d] = codes[d];
+        v_scales[slot] = to_q8(vq + slot * head, v, head);
         return;
     }
     const __m128 max = _mm_set1_ps(65504.0f), min = _mm_set1_ps(-65504.0f);
