@@ -44,7 +44,8 @@ class Reference:
     """A model's weights and hyperparameters.
 
     dtype: float32 or float64, of all arithmetic.
-    kv: "f32", or "f16": keys and values rounded as a float16 cache holds them.
+    kv: "f32", or how keys and values are rounded: "f16" to float16, "q8" to int8 with one scale per
+      position and head.
     activations: "float", or "int8": inputs of quantized matrices rounded, per 32 values (K-quants:
       per 256); the head's in two steps.
     """
@@ -131,6 +132,8 @@ class Reference:
         if self.kv == "f16":
             k = np.clip(k, -65504, 65504).astype(np.float16).astype(self.dtype)
             v = np.clip(v, -65504, 65504).astype(np.float16).astype(self.dtype)
+        elif self.kv == "q8":
+            k, v = round_int8(k, self.head), round_int8(v, self.head)
         position = np.arange(n)
         seen = position[None, :] <= position[:, None]
         if self.window:

@@ -117,6 +117,8 @@ def test_load_takes_a_path_in_any_form_and_a_context(tiny_spm: Path) -> None:
         with smallm.load(path, ctx=33, kv="f32") as model:
             assert (model.info.context, model.info.kv) == (33, "f32")
             assert "spm.gguf" in repr(model)
+    with smallm.load(tiny_spm, kv="q8") as model:
+        assert model.info.kv == "q8" and str(model.generate("a", max_tokens=4))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,8 @@ def test_load_takes_a_path_in_any_form_and_a_context(tiny_spm: Path) -> None:
         ({"threads": 0}, ValueError, "threads"),
         ({"threads": 257}, ValueError, "256"),
         ({"threads": True}, TypeError, "threads"),
-        ({"kv": "q3"}, ValueError, "f16, f32"),
+        ({"kv": "q3"}, ValueError, "f16, f32, q8"),
+        ({"kv": None}, ValueError, "kv"),
         ({"memory_limit": 0}, ValueError, "memory_limit"),
         ({"memory_limit": 1000}, smallm.MemoryBudgetError, "1000"),
         ({"gpu": True}, TypeError, "gpu"),
