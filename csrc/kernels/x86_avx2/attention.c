@@ -83,6 +83,7 @@ INLINE void score_part(int type, const struct sm_part *p) {
 
 /* All bits of positions j .. j + 7 inside [lo, hi). */
 INLINE __m256 valid(size_t j, size_t lo, size_t hi) {
+    if (lo <= j && j + 8 <= hi) return _mm256_castsi256_ps(_mm256_set1_epi32(-1));
     __m256i below_hi = lanes_below(hi > j ? hi - j : 0);
     __m256i below_lo = lanes_below(lo > j ? lo - j : 0);
     return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
