@@ -213,14 +213,14 @@ class Model:
         return out
 
     def _timers(self) -> dict[str, float]:
-        timer, error, sums = new("timer"), new("error"), {}
-        for i in count():
-            status = on(self._live().engine, lib.smallm_engine_timer, i, timer, error)
-            if status == lib.SMALLM_DONE:
-                return sums
-            check(status, error)
-            if timer.seconds > 0:
-                sums[text(timer.name)] = timer.seconds
+        timer, error = new("timer"), new("error")
+        sums: dict[str, float] = {}
+        while (
+            on(self._live().engine, lib.smallm_engine_timer, len(sums), timer, error)
+            == lib.SMALLM_OK
+        ):
+            sums[text(timer.name)] = timer.seconds
+        return sums
 
     @property
     def info(self) -> ModelInfo:
