@@ -13,26 +13,36 @@
 #define COLUMNS 2048     /* unpacked at a time: 32 KB */
 #define PREFETCH_BYTES 2048 /* ahead of a stream of packed panels */
 
-/* Group g of one half of a slab as bytes 0 .. 2^bits - 1. */
-INLINE __m256i load_group(struct sm_layout f, const uint8_t *slab, int g) {
-    const uint8_t *low = slab + SM_GROUP_BYTES * (g % f.low);
-    __m256i x = _mm256_loadu_si256((const __m256i *)low);
-    if (f.low < 8)
-        x = _mm256_and_si256(_mm256_srli_epi16(x, g / f.low * f.low),
-                             _mm256_set1_epi8((char)((1 << f.low) - 1)));
-    if (f.high > 0) {
-        const uint8_t *high = slab + SM_GROUP_BYTES * (f.low + g % f.high);
-        __m256i y = _mm256_loadu_si256((const __m256i *)high);
-        int shift = g / f.high * f.high - f.low; /* bits down to the code's top */
-        y = shift > 0 ? _mm256_srli_epi16(y, shift) : _mm256_slli_epi16(y, -shift);
-        y = _mm256_and_si256(y, _mm256_set1_epi8((char)(((1 << f.high) - 1) << f.low)));
-        x = _mm256_or_si256(x, y);
-    }
-    return x;
+/* Bytes 0 .. 2^bits - 1 of group g, from the vectors of its planes. */
+INLINE __m256i group_of(struct sm_layout f, __m256i low, __m256i high, int g) {
+    const __m256i low_mask = _mm256_set1_epi8((char)((1 << f.low) - 1));
+    const __m256i high_mask = _mm256_set1_epi8((char)(((1 << f.high) - 1) << f.low));
+    if (f.low < 8) low = _mm256_and_si256(_mm256_srli_epi16(low, g / f.low * f.low), low_mask);
+    if (f.high == 0) return low;
+    int shift = g / f.high * f.high - f.low; /* bits down to the code's top */
+    high = shift > 0 ? _mm256_srli_epi16(high, shift) : _mm256_slli_epi16(high, -shift);
+    return _mm256_or_si256(low, _mm256_and_si256(high, high_mask));
 }
+
+INLINE __m256i load_plane(const uint8_t *slab, int i) {
+    return _mm256_loadu_si256((const __m256i *)(slab + SM_GROUP_BYTES * i));
+}
+
+/* One half of a slab's 8 groups. */
 INLINE void load_slab(struct sm_layout f, const uint8_t *slab, __m256i group[8]) {
+    __m256i low[8], high[2];
 #pragma GCC unroll 8
-    for (int g = 0; g < 8; g++) group[g] = load_group(f, slab, g);
+    for (int i = 0; i < f.low; i++) low[i] = load_plane(slab, i);
+#pragma GCC unroll 2
+    for (int i = 0; i < f.high; i++) high[i] = load_plane(slab, f.low + i);
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g++)
+        group[g] = group_of(f, low[g % f.low], f.high > 0 ? high[g % f.high] : low[0], g);
+}
+/* One of them. */
+INLINE __m256i load_group(struct sm_layout f, const uint8_t *slab, int g) {
+    __m256i low = load_plane(slab, g % f.low);
+    return group_of(f, low, f.high > 0 ? load_plane(slab, f.low + g % f.high) : low, g);
 }
 
 /* Prefetches what follows PREFETCH_BYTES after p, n bytes of it. */
