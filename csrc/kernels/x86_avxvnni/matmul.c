@@ -2,9 +2,10 @@
  * broadcast four signed bytes at a time.
  *
  * One or two tokens run WIDE panels at once on the packed bytes, so that several memory streams are
- * in flight.  More run on one panel, in tiles of about equal size and at most COLUMNS columns; longer
- * rows carry their sums in `out`.  MANY_TOKENS have the panel unpacked into scratch before, except
- * for formats of one scale and one plane, whose codes are as fast to unpack as to load.
+ * in flight.  More run on one panel, in tiles of about equal size.  MANY_TOKENS have the panel
+ * unpacked into scratch before, except for formats of one scale and one plane, whose codes are as
+ * fast to unpack as to load.  Tiles have at most COLUMNS columns; longer rows carry their sums in
+ * `out`.
  *
  * A tile of up to TILE_TOKENS tokens sums both halves of a panel, which hides dpbusd's latency but
  * takes 12 of 16 registers.  The floats they are added to therefore stay in memory. */
@@ -13,6 +14,7 @@
 
 #define WIDE 4
 #define TILE_TOKENS 6
+#define UNPACKED (8 * SM_GROUP_BYTES) /* bytes of an unpacked slab */
 #define MANY_TOKENS 13
 
 /* ---- tiles ------------------------------------------------------------------------------------------------- */
@@ -29,8 +31,8 @@ struct tile {
     size_t ld;
     bool carry;                /* starts from out instead of zero */
     float *acc, *scaled;       /* [2][TILE_TOKENS][HALF]: the tile's sums; those of a group */
-    size_t n_within, to_next;  /* packed: blocks whose prefetch stays in the panel; from a panel's end
-                                * to the panel that follows in this stream */
+    size_t n_within, to_next;  /* packed: blocks whose prefetch stays in the panel; from a panel's
+                                * end to the panel that follows in this stream */
     bool first_pass;           /* packed: prefetches; later tokens find the panel in the cache */
     /* Of the sums of q over a sub-block (32 columns at most): */
     int32_t seed[TILE_TOKENS][COLUMNS / 16];  /* -bias * sum, what the codes' bias adds */
@@ -68,8 +70,8 @@ INLINE __m256 d_of(const struct tile *a, int t, size_t b) {
 }
 
 /* acc plus the sum over block b, of one scale. */
-INLINE __m256 add_block(struct sm_layout f, const struct tile *a, int t, size_t b, __m256 dw, __m256 mw,
-                        __m256i isum, __m256 acc) {
+INLINE __m256 add_block(struct sm_layout f, const struct tile *a, int t, size_t b, __m256 dw,
+                        __m256 mw, __m256i isum, __m256 acc) {
     acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), _mm256_mul_ps(dw, d_of(a, t, b)), acc);
     if (!f.mins) return acc;
     return _mm256_fmadd_ps(mw, _mm256_set1_ps(a->s[(size_t)t * a->row_blocks + b]), acc);
@@ -80,12 +82,13 @@ INLINE __m256 load_m(struct sm_layout f, const uint8_t *d) {
 }
 
 /* sum of min * sum q over block b, for one half of it. */
-INLINE void sum_mins(struct sm_layout f, int n_t, const struct tile *a, const uint8_t *block, int half,
-                     size_t b, __m256i msum[TILE_TOKENS]) {
+INLINE void sum_mins(struct sm_layout f, int n_t, const struct tile *a, const uint8_t *block,
+                     int half, size_t b, __m256i msum[TILE_TOKENS]) {
     const int n_pairs = f.block / f.sub / 2;
     for (int t = 0; t < n_t; t++) msum[t] = _mm256_setzero_si256();
     for (int i = 0; i < n_pairs; i++) {
-        __m256i two = pair_up(load_mins(f, block, half, 2 * i), load_mins(f, block, half, 2 * i + 1));
+        __m256i two = pair_up(load_mins(f, block, half, 2 * i),
+                              load_mins(f, block, half, 2 * i + 1));
         for (int t = 0; t < n_t; t++) {
             __m256i sums = _mm256_set1_epi32(a->pairs[t][b * (size_t)n_pairs + (size_t)i]);
             msum[t] = _mm256_dpwssd_avx_epi32(msum[t], two, sums);
@@ -111,7 +114,8 @@ INLINE void load_acc(int n_t, const struct tile *a) {
     for (int h = 0; h < 2; h++)
         for (int t = 0; t < n_t; t++) {
             const float *out = a->out + (size_t)t * a->ld + h * HALF;
-            _mm256_store_ps(place(a->acc, h, t), a->carry ? _mm256_loadu_ps(out) : _mm256_setzero_ps());
+            __m256 acc = a->carry ? _mm256_loadu_ps(out) : _mm256_setzero_ps();
+            _mm256_store_ps(place(a->acc, h, t), acc);
         }
 }
 INLINE void store_acc(int n_t, const struct tile *a) {
@@ -132,8 +136,7 @@ INLINE void add_groups(struct sm_layout f, bool packed, int n_t, int first, int 
     for (int g = first; g < first + n_groups; g++) {
         __m256i w[2];
         for (int h = 0; h < 2; h++)
-            w[h] = packed ? load_group(f, slab + 32 * h, g)
-                          : _mm256_loadu_si256((const __m256i *)(slab + SM_GROUP_BYTES * g + 32 * h));
+            w[h] = packed ? load_group(f, slab + 32 * h, g) : load_plane(slab + 32 * h, g);
         for (int t = 0; t < n_t; t++) {
             __m256i x = broadcast4(q + (size_t)t * stride + 4 * g);
             for (int h = 0; h < 2; h++) isum[h][t] = _mm256_dpbusd_avx_epi32(isum[h][t], w[h], x);
@@ -148,32 +151,34 @@ INLINE void plain_tile(struct sm_layout f, bool packed, int n_t, const struct ti
     for (size_t b = 0; b < a->n_blocks; b++) {
         const uint8_t *block = a->panel[0] + b * step;
         if (packed && a->first_pass) prefetch_stream(a, 0, b, b * step, (b + 1) * step);
+        const uint8_t *slab = packed ? block + sm_layout_codes(f) : a->codes + UNPACKED * b;
         __m256i isum[2][TILE_TOKENS];
         for (int t = 0; t < n_t; t++) isum[0][t] = isum[1][t] = seed_of(f, a, t, b);
-        add_groups(f, packed, n_t, 0, 8, packed ? block + sm_layout_codes(f) : a->codes + 8 * SM_GROUP_BYTES * b,
-                   a->q + SM_SLAB * b, a->stride, isum);
+        add_groups(f, packed, n_t, 0, 8, slab, a->q + SM_SLAB * b, a->stride, isum);
         for (int h = 0; h < 2; h++) {
             const uint8_t *d = block + 2 * HALF * h;
             __m256 dw = load_f16(d), mw = load_m(f, d);
             for (int t = 0; t < n_t; t++) {
-                float *acc = place(a->acc, h, t);
-                _mm256_store_ps(acc, add_block(f, a, t, b, dw, mw, isum[h][t], _mm256_load_ps(acc)));
+                float *at = place(a->acc, h, t);
+                __m256 acc = add_block(f, a, t, b, dw, mw, isum[h][t], _mm256_load_ps(at));
+                _mm256_store_ps(at, acc);
             }
         }
     }
     store_acc(n_t, a);
 }
 
-/* Formats of 256 columns with integer scales.  Sums of scale * dot stay below 2^24 within a group, so
- * they are exact as floats. */
+/* Formats of 256 columns with integer scales.  Sums of scale * dot stay below 2^24 within a group,
+ * so they are exact as floats. */
 INLINE void scaled_tile(struct sm_layout f, bool packed, int n_t, const struct tile *a) {
-    const size_t step = sm_layout_bytes(f), slab_step = packed ? sm_layout_slab(f) : 8 * SM_GROUP_BYTES;
+    const size_t step = sm_layout_bytes(f), slab_step = packed ? sm_layout_slab(f) : UNPACKED;
     const int n_slabs = f.block / SM_SLAB, group_slabs = f.group / SM_SLAB;
     const int slab_subs = SM_SLAB / f.sub, sub_groups = f.sub / 4;
     load_acc(n_t, a);
     for (size_t b = 0; b < a->n_blocks; b++) {
         const uint8_t *block = a->panel[0] + b * step;
-        const uint8_t *slabs = packed ? block + sm_layout_codes(f) : a->codes + b * n_slabs * slab_step;
+        const uint8_t *slabs =
+            packed ? block + sm_layout_codes(f) : a->codes + b * (size_t)n_slabs * slab_step;
         if (packed && a->first_pass) prefetch_stream(a, 0, b, b * step, (b + 1) * step);
 #pragma GCC unroll 1
         for (int first = 0; first < n_slabs; first += group_slabs) {
@@ -185,7 +190,8 @@ INLINE void scaled_tile(struct sm_layout f, bool packed, int n_t, const struct t
                     __m256i isum[2][TILE_TOKENS];
                     for (int t = 0; t < n_t; t++) /* biased formats have sub == 16 */
                         isum[0][t] = isum[1][t] = seed_of(f, a, t, 16 * b + (size_t)sub);
-                    add_groups(f, packed, n_t, s * sub_groups, sub_groups, slabs + (size_t)i * slab_step,
+                    add_groups(f, packed, n_t, s * sub_groups, sub_groups,
+                               slabs + (size_t)i * slab_step,
                                a->q + 256 * b + (size_t)(SM_SLAB * i), a->stride, isum);
                     for (int h = 0; h < 2; h++) {
                         __m256 scale = _mm256_cvtepi32_ps(load_scales(f, block, h, sub));
@@ -243,7 +249,8 @@ INLINE void add_packed(struct sm_layout f, int n_t, int first, int n_groups, con
     for (int g = first; g < first + n_groups; g++) {
         __m256i w = load_group(f, slab, g);
         for (int t = 0; t < n_t; t++)
-            isum[t] = _mm256_dpbusd_avx_epi32(isum[t], w, broadcast4(q + (size_t)t * stride + 4 * g));
+            isum[t] = _mm256_dpbusd_avx_epi32(isum[t], w,
+                                              broadcast4(q + (size_t)t * stride + 4 * g));
     }
 }
 
@@ -268,7 +275,7 @@ INLINE void plain_wide(struct sm_layout f, int n_t, const struct tile *a) {
 }
 
 INLINE void scaled_wide(struct sm_layout f, int n_t, const struct tile *a) {
-    const size_t step = sm_layout_bytes(f), n_slabs = (size_t)(f.block / SM_SLAB), line = step / n_slabs;
+    const size_t step = sm_layout_bytes(f), n_slabs = (size_t)(f.block / SM_SLAB);
     const int slab_subs = SM_SLAB / f.sub, sub_groups = f.sub / 4;
     __m256 acc[2 * WIDE][2];
     load_wide(n_t, a, acc);
@@ -283,19 +290,21 @@ INLINE void scaled_wide(struct sm_layout f, int n_t, const struct tile *a) {
         }
 #pragma GCC unroll 1
         for (size_t i = 0; i < n_slabs; i++) {
+            const size_t from = b * step + i * (step / n_slabs);
             const bool ends = (i + 1) * SM_SLAB % (size_t)f.group == 0; /* a group */
             for (int h = 0; h < 2 * WIDE; h++) {
                 const uint8_t *block = a->panel[h / 2] + b * step;
-                const uint8_t *slab = block + sm_layout_codes(f) + i * sm_layout_slab(f) + h % 2 * 32;
-                if (h % 2 == 0) prefetch_stream(a, h / 2, b, b * step + i * line, b * step + (i + 1) * line);
+                const uint8_t *slab =
+                    block + sm_layout_codes(f) + i * sm_layout_slab(f) + h % 2 * 32;
+                if (h % 2 == 0) prefetch_stream(a, h / 2, b, from, from + step / n_slabs);
 #pragma GCC unroll 2
                 for (int s = 0; s < slab_subs; s++) {
                     const int sub = (int)i * slab_subs + s;
                     __m256 sub_scale = _mm256_cvtepi32_ps(load_scales(f, block, h % 2, sub));
                     __m256i isum[2];
                     for (int t = 0; t < n_t; t++) isum[t] = seed_of(f, a, t, 16 * b + (size_t)sub);
-                    add_packed(f, n_t, s * sub_groups, sub_groups, slab, a->q + 256 * b + SM_SLAB * i,
-                               a->stride, isum);
+                    add_packed(f, n_t, s * sub_groups, sub_groups, slab,
+                               a->q + 256 * b + SM_SLAB * i, a->stride, isum);
                     for (int t = 0; t < n_t; t++)
                         scaled[h][t] =
                             _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum[t]), sub_scale, scaled[h][t]);
@@ -369,8 +378,8 @@ INLINE void run_wide(struct sm_layout f, int n_t, const struct sm_matmul *m) {
 }
 
 /* n_b blocks of one panel from b on, in tiles of about equal size. */
-INLINE void run_panel(struct sm_layout f, bool packed, const struct sm_matmul *m, size_t panel, size_t b,
-                      size_t n_b) {
+INLINE void run_panel(struct sm_layout f, bool packed, const struct sm_matmul *m, size_t panel,
+                      size_t b, size_t n_b) {
     const size_t per_block = (size_t)f.block / SM_SLAB, n = m->n_tokens;
     const size_t n_tiles = (n + TILE_TOKENS - 1) / TILE_TOKENS;
     if (!packed)
@@ -401,7 +410,8 @@ INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
         run_wide(f, 2, m);
     } else if (m->n_tokens < MANY_TOKENS) {
         for (size_t p = 0; p < n; p++)
-            for (size_t b = 0; b < all; b += most) run_panel(f, true, m, p, b, SM_MIN(all - b, most));
+            for (size_t b = 0; b < all; b += most)
+                run_panel(f, true, m, p, b, SM_MIN(all - b, most));
     } else { /* columns outside, panels inside: so much of the activations stays in L2 */
         const bool packed = f.scales == SM_SCALES_NONE && f.high == 0;
         for (size_t b = 0; b < all; b += most)
