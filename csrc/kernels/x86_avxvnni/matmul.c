@@ -390,7 +390,7 @@ INLINE void run_panel(struct sm_layout f, bool packed, const struct sm_matmul *m
             run_tile(f, packed, 1, 1, m, panel, t, b, n_b);
         else if (packed && n_t == 2)
             run_tile(f, packed, 1, 2, m, panel, t, b, n_b);
-        else if (n_t == 3) /* many tokens make no smaller tiles */
+        else if (packed && n_t == 3) /* MANY_TOKENS make tiles of 4 to 6 */
             run_tile(f, packed, 1, 3, m, panel, t, b, n_b);
         else if (n_t == 4)
             run_tile(f, packed, 1, 4, m, panel, t, b, n_b);
