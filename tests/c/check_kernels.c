@@ -594,10 +594,11 @@ static void case_matmul(uint64_t seed) {
     if (variant % 4 == 0) n_tokens = 1;
     if (variant % 4 == 1) n_tokens = 2 + below(6);
     if (variant % 8 == 6) k = 1024; /* rows of activations lie further apart */
-    if (variant % 8 == 2) { /* longer than any tile's scratch */
+    if (variant % 8 == 2 || variant % 16 == 4) { /* longer than any tile's scratch */
+        bool many = variant % 8 == 2;
         k = unit == 1 ? 2049 + below(500) : sm_round_up(2049 + below(2500), unit);
-        n_rows = 1 + below(quick ? 20 : 40);
-        n_tokens = 18 + below(12);
+        n_rows = 1 + below(quick ? 20 : many ? 40 : 100);
+        n_tokens = many ? 18 + below(12) : 1 + below(8);
     }
     if (quick) n_tokens = 1 + (n_tokens - 1) % 24;
     size_t first = below(3), ld = SM_PANEL_ROWS * ((n_rows + 15) / 16) + below(2) * 16;
