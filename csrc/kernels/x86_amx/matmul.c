@@ -13,7 +13,8 @@
  *
  * Formats with integer scales have them multiplied into the codes as they are unpacked: then a whole
  * group sums up inside the tile unit.  A product needs up to 13 bits, so there are two planes,
- * code * scale = low + 128 * high, low 0 .. 127, and two sums.  That pays from MANY tokens on. */
+ * code * scale = low + 128 * high, low 0 .. 127, and two sums.  The shorter the groups, the more tokens
+ * that takes to pay. */
 #include <immintrin.h>
 #include <stdatomic.h>
 
@@ -25,7 +26,6 @@
 #define ROWS SM_PANEL_ROWS
 #define TOKENS 16
 #define HALF (TOKENS / 2)
-#define MANY 48
 #define COLUMNS 1024
 #define RING 4 /* blocks whose sums are on their way or waiting */
 
@@ -431,7 +431,8 @@ INLINE void run_scaled(struct sm_layout f, const struct sm_matmul *m, size_t n_t
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m, sm_matmul_fn *few) {
     const bool scaled = f.scales != SM_SCALES_NONE;
     size_t done = m->n_tokens / TOKENS * TOKENS;
-    if (m->n_tokens < (scaled ? MANY : HALF)) {
+    const size_t least = !scaled ? HALF : f.group >= 128 ? TOKENS : 2 * TOKENS;
+    if (m->n_tokens < least) {
         few(m);
         return;
     }
