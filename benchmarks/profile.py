@@ -84,7 +84,9 @@ def main() -> None:
                 "outside": 1 - sum(shares.values()),
             }
         isa = model.info.isa
-    names = list(dict.fromkeys(name for column in results.values() for name in column))
+    names = list(
+        dict.fromkeys(name for c in results.values() for name, share in c.items() if share != 0)
+    )
     form = {"us a token": "{:.0f}"}
     rows = [
         [name, *(form.get(name, "{:.1%}").format(c.get(name, 0)) for c in results.values())]
