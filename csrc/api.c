@@ -163,7 +163,7 @@ int smallm_engine_open(const smallm_model *model, const smallm_engine_params *pa
     smallm_model_info info;
     sm_model_get_info(model->model, &info);
     rc = judge_range("n_ctx", p.n_ctx, 0, info.n_ctx_train, " (the trained length)", err);
-    if (rc == SMALLM_OK) rc = judge_range("kv_type", p.kv_type, 0, SMALLM_KV_F32, "", err);
+    if (rc == SMALLM_OK) rc = judge_range("kv_type", p.kv_type, 0, SMALLM_KV_Q8, "", err);
     if (rc == SMALLM_OK) rc = judge_range("timers", p.timers, 0, 1, "", err);
     if (rc != SMALLM_OK) return rc;
     const char *timers = sm_env("SMALLM_TIMERS");

@@ -49,7 +49,7 @@ Messages = str | Sequence[Mapping[str, Any]]
 
 LONG_TEXT = 1 << 18  # bytes that take long enough to tokenize for Ctrl-C to matter
 
-_KV = {"f16": lib.SMALLM_KV_F16, "f32": lib.SMALLM_KV_F32}
+_KV = {"f16": lib.SMALLM_KV_F16, "f32": lib.SMALLM_KV_F32, "q8": lib.SMALLM_KV_Q8}
 
 
 class ModelInfo(NamedTuple):
@@ -525,7 +525,8 @@ def load(
     model: a path, a catalogue name ("smollm2-135m", the default), "hf:user/repo:QUANT" or a URL.
     ctx: tokens a prompt and its answer may have together; None: the trained length.
     threads: 1 .. 256; None: SMALLM_THREADS, else the physical cores this process may use.
-    kv: type of the KV cache, "f16" or "f32".
+    kv: type of the KV cache: "f16", "f32", or "q8" (int8 with a scale per position and head, half
+        of f16's memory).
     memory_limit: bytes for weights, KV cache and scratch together.
     offline: no network; so does SMALLM_OFFLINE=1.
     progress: called with (bytes done, bytes in all or None) during a download; None: a bar on

@@ -44,7 +44,7 @@ class Reference:
     """A model's weights and hyperparameters.
 
     dtype: float32 or float64, of all arithmetic.
-    kv: "f32", or "f16": keys and values rounded as a float16 cache holds them.
+    kv: "f32", or "f16" or "q8": keys and values rounded as such a cache holds them.
     activations: "float", or "int8": inputs of quantized matrices rounded, per 32 values (K-quants:
       per 256); the head's in two steps.
     """
@@ -131,6 +131,10 @@ class Reference:
         if self.kv == "f16":
             k = np.clip(k, -65504, 65504).astype(np.float16).astype(self.dtype)
             v = np.clip(v, -65504, 65504).astype(np.float16).astype(self.dtype)
+        if self.kv == "q8":  # a scale for each position and head
+            k, v = (
+                np.rint(x / (d := np.abs(x).max(axis=-1, keepdims=True) / 127)) * d for x in (k, v)
+            )
         position = np.arange(n)
         seen = position[None, :] <= position[:, None]
         if self.window:

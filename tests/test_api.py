@@ -128,7 +128,7 @@ def test_load_takes_a_path_in_any_form_and_a_context(tiny_spm: Path) -> None:
         ({"threads": 0}, ValueError, "threads"),
         ({"threads": 257}, ValueError, "256"),
         ({"threads": True}, TypeError, "threads"),
-        ({"kv": "q3"}, ValueError, "f16, f32"),
+        ({"kv": "q3"}, ValueError, "f16, f32, q8"),
         ({"memory_limit": 0}, ValueError, "memory_limit"),
         ({"memory_limit": 1000}, smallm.MemoryBudgetError, "1000"),
         ({"gpu": True}, TypeError, "gpu"),

@@ -150,12 +150,12 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 # ---- threads, chunks, company --------------------------------------------------------------------
 
 
-def differences(path: Path, n: int, chunks: Sequence[int]) -> list[str]:
+def differences(path: Path, n: int, chunks: Sequence[int], kv: str = "f16") -> list[str]:
     """What of threads 1, 2, 3 x chunks changes a bit of the logits of n tokens."""
     ids, wrong = prompt(n), []
     first = None
     for threads in (1, 2, 3):
-        with smallm.load(path, threads=threads) as model:
+        with smallm.load(path, threads=threads, kv=kv) as model:
             for chunk in chunks:
                 got = model.logits(ids, chunk=chunk)
                 first = got if first is None else first
@@ -167,6 +167,14 @@ def differences(path: Path, n: int, chunks: Sequence[int]) -> list[str]:
 @pytest.mark.parametrize("name", MODELS)
 def test_threads_and_chunks_change_no_bit(models: Callable[[str], Path], name: str) -> None:
     assert differences(models(name), LONG, (512, 1, 7, 32)) == []
+
+
+@pytest.mark.parametrize("kv", ["f32", "q8"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])  # with a window, too
+def test_threads_and_chunks_change_no_bit_in_any_cache(
+    models: Callable[[str], Path], name: str, kv: str
+) -> None:
+    assert differences(models(name), LONG, (512, 1, 7, 32), kv) == []
 
 
 def test_threads_and_chunks_change_no_bit_of_the_real_model(real_model: Path) -> None:
@@ -215,10 +223,11 @@ import hashlib, json, sys, numpy, smallm
 answers = {}
 for path, n in json.load(sys.stdin):
     ids = [int(i) for i in numpy.random.default_rng(0).integers(3, 300, n)]
-    with smallm.load(path, threads=2) as model:
-        isa = model.info.isa
-        sums = [hashlib.sha256(model.logits(ids, chunk=c).tobytes()).hexdigest() for c in (n, 1)]
-        answers[path] = sums
+    for kv in ("f16", "q8", "f32"):
+        with smallm.load(path, threads=2, kv=kv) as model:
+            isa = model.info.isa
+            all = [model.logits(ids, chunk=c).tobytes() for c in (n, 1)]
+            answers[f"{path} {kv}"] = [hashlib.sha256(bits).hexdigest() for bits in all]
 json.dump({"isa": isa, "answers": answers}, sys.stdout)
 """
 
@@ -252,7 +261,7 @@ def hashes(isa: str, work: list[tuple[str, int]]) -> dict[str, list[str]]:
 def test_instruction_sets_change_no_bit(models: Callable[[str], Path]) -> None:
     work = [(str(models(name)), 70) for name in MODELS]
     generic = hashes("generic", work)
-    assert len({tuple(v) for v in generic.values()}) == len(MODELS)
+    assert len({tuple(v) for v in generic.values()}) == 3 * len(MODELS)  # caches
     for sums in generic.values():
         assert sums[0] == sums[1]
     for isa in tiers():

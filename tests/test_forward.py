@@ -64,6 +64,29 @@ def test_the_default_cache_stays_close_to_the_reference(tmp_path: Path, shape: d
     assert np.abs(got - rounded).mean() < 0.1 * np.abs(rounded - expected).mean()
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_int8_cache_is_what_the_reference_rounds_to(tmp_path: Path, shape: dict) -> None:
+    path = tiny.write_tiny(tmp_path / "m.gguf", **shape).path
+    expected = Reference(path, np.float64).logits(IDS)
+    rounded = Reference(path, np.float64, kv="q8").logits(IDS)
+    got = logits(path, IDS, kv="q8")
+    assert np.abs(rounded - expected).mean() > 0  # it does round
+    assert np.abs(got - rounded).mean() < 0.2 * np.abs(rounded - expected).mean()
+
+
+def test_the_int8_cache_takes_half_of_the_memory(tmp_path: Path) -> None:
+    made = tiny.write_tiny(tmp_path / "m.gguf", n_ctx=1024)
+    sizes = {}
+    for kv in ("f32", "f16", "q8"):
+        with smallm.load(made.path, kv=kv) as model:
+            model.logits(prompt(700, made.n_vocab))
+            sizes[kv] = model.info.cache_bytes
+    assert sizes["f32"] == 2 * sizes["f16"]
+    assert (
+        0.5 * sizes["f16"] < sizes["q8"] < 0.8 * sizes["f16"]
+    )  # heads of few values: scales count
+
+
 def test_a_context_of_several_attention_chunks(tmp_path: Path) -> None:
     """Scores and sums cross the boundaries of 256 positions, pages and prefill chunks."""
     made = tiny.write_tiny(tmp_path / "m.gguf", n_ctx=1024)

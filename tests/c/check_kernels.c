@@ -650,17 +650,32 @@ static void case_matmul(uint64_t seed) {
 
 /* ---- attention ---- */
 
-static size_t kv_size(int kv_type) { return kv_type == SMALLM_KV_F32 ? 4 : 2; }
+static size_t kv_bytes(int kv_type, size_t head) { /* of K or V in a page */
+    switch (kv_type) {
+    case SMALLM_KV_F32: return SM_PAGE * head * 4;
+    case SMALLM_KV_F16: return SM_PAGE * head * 2;
+    default: return SM_PAGE * head + SM_PAGE * 4;
+    }
+}
 
 static float kv_read(int kv_type, const void *page, size_t i) {
-    return kv_type == SMALLM_KV_F32 ? ((const float *)page)[i]
-                                    : sm_f16_to_f32(((const uint16_t *)page)[i]);
+    switch (kv_type) {
+    case SMALLM_KV_F32: return ((const float *)page)[i];
+    case SMALLM_KV_F16: return sm_f16_to_f32(((const uint16_t *)page)[i]);
+    default: return ((const int8_t *)page)[i];
+    }
 }
 static void kv_write(int kv_type, void *page, size_t i, float x) {
     if (kv_type == SMALLM_KV_F32)
         ((float *)page)[i] = x;
-    else
+    else if (kv_type == SMALLM_KV_F16)
         ((uint16_t *)page)[i] = sm_f32_to_f16(x > 65504 ? 65504 : x < -65504 ? -65504 : x);
+    else
+        ((int8_t *)page)[i] = (int8_t)(isnan(x) ? 0x55 : (int)fmaxf(-127, fminf(127, x * 100)));
+}
+/* The scale of position j in an int8 page. */
+static float *kv_scale(const void *page, size_t head, size_t j) {
+    return (float *)(void *)((char *)page + SM_PAGE * head) + j;
 }
 static size_t k_index(size_t j, size_t d, size_t head) {
     return (j % SM_PAGE / 16 * head + d) * 16 + j % 16;
@@ -685,6 +700,7 @@ static void ref_attend(const struct sm_attend *a) {
                 acc =
                     sm_fma(a->q[i * a->head + d], kv_read(a->kv_type, a->k[j / SM_PAGE], at), acc);
             }
+            if (a->kv_type == SMALLM_KV_Q8) acc *= *kv_scale(a->k[j / SM_PAGE], a->head, (size_t)j % SM_PAGE);
             s[j] = acc;
             if (acc > m) m = acc;
         }
@@ -698,7 +714,10 @@ static void ref_attend(const struct sm_attend *a) {
             float acc = 0;
             for (int j = a->lo[i]; j < a->hi[i]; j++) {
                 size_t at = (size_t)j % SM_PAGE * a->head + d;
-                acc = sm_fma(s[j], kv_read(a->kv_type, a->v[j / SM_PAGE], at), acc);
+                float e = s[j];
+                if (a->kv_type == SMALLM_KV_Q8)
+                    e *= *kv_scale(a->v[j / SM_PAGE], a->head, (size_t)j % SM_PAGE);
+                acc = sm_fma(e, kv_read(a->kv_type, a->v[j / SM_PAGE], at), acc);
             }
             a->o[i * a->head + d] = acc + 0.0f;
         }
@@ -709,7 +728,7 @@ static void case_attend(uint64_t seed) {
     static const size_t heads[] = {4,  8,  12, 16,  20,  32,  36,  48, 64,
                                    68, 80, 96, 112, 128, 192, 256, 512};
     size_t head = heads[seed % SM_COUNT(heads)], variant = (size_t)(seed / SM_COUNT(heads));
-    int kv_type = variant % 3 == 2 ? SMALLM_KV_F32 : SMALLM_KV_F16;
+    int kv_type = (int[]){SMALLM_KV_F16, SMALLM_KV_Q8, SMALLM_KV_F32}[variant % 3];
     size_t n_q = 1 + below(variant % 2 ? SM_ATTEND_MAX : 9);
     if (variant % 8 == 7) n_q = SM_ATTEND_MAX;
     if (quick) n_q = 1 + (n_q - 1) % 15;
@@ -752,8 +771,7 @@ static void case_attend(uint64_t seed) {
     for (size_t i = 0; i < n_q * head; i++) q[i] *= gain;
     a.q = q;
     for (size_t p = 0; p * SM_PAGE < last; p++) {
-        void *k = allocate(SM_PAGE * head * kv_size(kv_type));
-        void *v = allocate(SM_PAGE * head * kv_size(kv_type));
+        void *k = allocate(kv_bytes(kv_type, head)), *v = allocate(kv_bytes(kv_type, head));
         for (size_t j = 0; j < SM_PAGE; j++) {
             /* What no query sees was never written, and may be NaN. */
             bool seen = p * SM_PAGE + j >= first && p * SM_PAGE + j < last;
@@ -763,6 +781,9 @@ static void case_attend(uint64_t seed) {
                 kv_write(kv_type, k, k_index(j, d, head), seen ? x : NAN);
                 kv_write(kv_type, v, j * head + d, seen ? y : NAN);
             }
+            if (kv_type != SMALLM_KV_Q8) continue;
+            *kv_scale(k, head, j) = seen ? fabsf(fill_one(kind)) * 0.01f : NAN;
+            *kv_scale(v, head, j) = seen ? fabsf(fill_one(kind)) * 0.01f : NAN;
         }
         a.k[p] = k;
         a.v[p] = v;
@@ -822,21 +843,42 @@ static void case_fold(uint64_t seed) {
     free(got);
 }
 
+/* Codes of x [n] to page[at + i * step], and their scale. */
+static float ref_quantize(int8_t *page, size_t at, size_t step, const float *x, size_t n) {
+    float most = 0;
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) {
+        finite = finite && isfinite(x[i]);
+        most = fmaxf(most, fabsf(x[i]));
+    }
+    bool zero = !finite || most < 0x1p-100f;
+    float id = zero ? 0 : 127.0f / most;
+    for (size_t i = 0; i < n; i++) {
+        float code = zero ? 0 : rintf(x[i] * id);
+        page[at + i * step] = (int8_t)fmaxf(-127, fminf(127, code));
+    }
+    return !finite ? NAN : zero ? 0 : most / 127.0f;
+}
+
 static void case_kv_store(uint64_t seed) {
     size_t head = 4 * (1 + below(SM_HEAD_MAX / 4)), position = below(SM_PAGE);
     if (seed % 2) head = (size_t[]){4, 8, 64, 80, 128}[below(5)];
-    int kv_type = seed / 2 % 2 ? SMALLM_KV_F32 : SMALLM_KV_F16;
+    int kv_type = (int)(seed / 2 % 3); /* all of them */
     enum fill kind = (enum fill)(seed / 4 % FILL_COUNT);
     snprintf(shape, sizeof shape, "head %zu, slot %zu, kv type %d, fill %d", head, position,
              kv_type, (int)kind);
-    size_t bytes = SM_PAGE * head * kv_size(kv_type);
+    size_t bytes = kv_bytes(kv_type, head);
     void *wantk = allocate(bytes), *wantv = allocate(bytes), *gotk = allocate(bytes),
          *gotv = allocate(bytes);
     float *k = floats(head), *v = floats(head);
     fill(k, head, kind);
     fill(v, head, kind);
     if (below(4) == 0) k[below(head)] = INFINITY, v[below(head)] = -INFINITY;
-    for (size_t d = 0; d < head; d++) {
+    if (kv_type == SMALLM_KV_Q8) {
+        *kv_scale(wantk, head, position) = ref_quantize(wantk, k_index(position, 0, head), 16, k, head);
+        *kv_scale(wantv, head, position) = ref_quantize(wantv, position * head, 1, v, head);
+    }
+    for (size_t d = 0; d < head && kv_type != SMALLM_KV_Q8; d++) {
         kv_write(kv_type, wantk, k_index(position, d, head), k[d]);
         kv_write(kv_type, wantv, position * head + d, v[d]);
     }
@@ -1146,9 +1188,9 @@ static void bench_attends(const char *pattern) {
                  {24, 64, 1, 0},   {64, 64, 1, 0},   {64, 80, 1, 0},   {64, 128, 1, 0},
                  {64, 64, 1, 1},   {8, 8, 1, 0}};
     for (size_t s = 0; s < SM_COUNT(sizes); s++)
-        for (int kv = 0; kv < 2; kv++) {
+        for (int kv = 0; kv <= SMALLM_KV_Q8; kv++) {
             size_t n_q = sizes[s].n_q, head = sizes[s].head;
-            size_t chunk_bytes = 2 * SM_CHUNK * head * kv_size(kv);
+            size_t chunk_bytes = 2 * SM_CHUNK_PAGES * kv_bytes(kv, head);
             float *q = floats(n_q * head), *out = floats(n_q * (head + 2));
             int16_t lo[SM_ATTEND_MAX] = {0}, hi[SM_ATTEND_MAX];
             size_t pairs = 0;
@@ -1171,11 +1213,13 @@ static void bench_attends(const char *pattern) {
                                      .chunk_bytes = chunk_bytes};
             b.memory = sm_alloc(b.n_chunks * chunk_bytes); /* on huge pages, as the cache's */
             if (b.memory == NULL) exit(2);
-            for (size_t i = 0; i < b.n_chunks * chunk_bytes / kv_size(kv); i++)
+            memset(b.memory, 0x3c, b.n_chunks * chunk_bytes); /* small positive numbers */
+            size_t n_values = b.n_chunks * chunk_bytes / (kv == SMALLM_KV_F32 ? 4 : 2);
+            for (size_t i = 0; i < n_values && kv != SMALLM_KV_Q8; i++)
                 kv_write(kv, b.memory, i, uniform());
             char what[100];
             snprintf(what, sizeof what, "attend head %zu, %zu queries, %s%s%s", head, n_q,
-                     kv ? "f32" : "f16", sizes[s].causal ? ", causal" : "",
+                     (const char *[]){"f16", "f32", "q8"}[kv], sizes[s].causal ? ", causal" : "",
                      b.n_chunks > 1 ? ", cold" : "");
             if (n_q <= 8 && head > 8)
                 bench(pattern, what, "GB/s", (double)chunk_bytes, run_attend, &b);

@@ -3,11 +3,14 @@
 
 #include "../../f16.h"
 #include "../expf.h"
+#include "../kvq8.h"
 #include "../tier.h"
 
 static void load(int kv_type, float *out, const void *in, size_t offset, size_t n) {
     if (kv_type == SMALLM_KV_F32) {
         memcpy(out, (const float *)in + offset, n * sizeof *out);
+    } else if (kv_type == SMALLM_KV_Q8) {
+        for (size_t i = 0; i < n; i++) out[i] = ((const int8_t *)in)[offset + i];
     } else {
         const uint16_t *half = (const uint16_t *)in + offset;
         for (size_t i = 0; i < n; i++) out[i] = sm_f16_to_f32(half[i]);
@@ -48,8 +51,12 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
     }
     for (size_t j = first / 16 * 16; j < last; j += 16) {
         load(a->kv_type, buffer, a->k[j / SM_PAGE], j % SM_PAGE * head, 16 * head);
-        for (size_t i = 0; i < a->n_q; i++)
-            score16(score + i * SM_CHUNK + j, a->q + i * head, buffer, head);
+        const float *scale = sm_kv_scales(a->k[j / SM_PAGE], head) + j % SM_PAGE;
+        for (size_t i = 0; i < a->n_q; i++) {
+            float *s = score + i * SM_CHUNK + j;
+            score16(s, a->q + i * head, buffer, head);
+            for (size_t l = 0; l < 16 && a->kv_type == SMALLM_KV_Q8; l++) s[l] *= scale[l];
+        }
     }
     for (size_t i = 0; i < a->n_q; i++)
         softmax(score + i * SM_CHUNK, (size_t)a->lo[i], (size_t)a->hi[i], a->m + i, a->l + i);
@@ -59,6 +66,7 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
         for (size_t i = 0; i < a->n_q; i++) {
             if (j < (size_t)a->lo[i] || j >= (size_t)a->hi[i]) continue;
             float e = score[i * SM_CHUNK + j], *o = a->o + i * head;
+            if (a->kv_type == SMALLM_KV_Q8) e *= sm_kv_scales(a->v[j / SM_PAGE], head)[j % SM_PAGE];
             for (size_t d = 0; d < head; d++) o[d] = sm_fma(e, buffer[d], o[d]);
         }
     }
@@ -89,6 +97,8 @@ void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, 
     if (kv_type == SMALLM_KV_F32) {
         for (size_t d = 0; d < head; d++) ((float *)k_page)[at + 16 * d] = k[d];
         memcpy((float *)v_page + slot * head, v, head * sizeof *v);
+    } else if (kv_type == SMALLM_KV_Q8) {
+        sm_kv_store_q8(k_page, v_page, slot, k, v, head);
     } else {
         uint16_t *kh = k_page, *vh = (uint16_t *)v_page + slot * head;
         for (size_t d = 0; d < head; d++) {

@@ -1,6 +1,7 @@
 /* Attention on AVX2 (attend.h): 8 positions (scores) or 8 head dimensions (values) to a vector, and
  * as many vectors to a tile of queries as make at most 12 sums in registers. */
 #include "../attend.h"
+#include "../kvq8.h"
 #include "../tier.h"
 #include "expf.h"
 
@@ -8,27 +9,41 @@
 #define MAX_VECTORS 8
 
 /* Elements [at, at + 8) of a page. */
-INLINE __m256 load(bool half, const void *page, size_t at) {
-    if (!half) return _mm256_loadu_ps((const float *)page + at);
+INLINE __m256 load(int kv_type, const void *page, size_t at) {
+    if (kv_type == SMALLM_KV_F32) return _mm256_loadu_ps((const float *)page + at);
+    if (kv_type == SMALLM_KV_Q8) {
+        __m128i codes = _mm_loadl_epi64((const __m128i *)((const int8_t *)page + at));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    }
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)page + at)));
 }
 /* [at, at + 4), else 0. */
-INLINE __m256 load_four(bool half, const void *page, size_t at) {
-    const uint16_t *h = (const uint16_t *)page + at;
-    __m128 four = half ? _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)h))
-                       : _mm_loadu_ps((const float *)page + at);
+INLINE __m256 load_four(int kv_type, const void *page, size_t at) {
+    __m128 four;
+    if (kv_type == SMALLM_KV_F32) {
+        four = _mm_loadu_ps((const float *)page + at);
+    } else if (kv_type == SMALLM_KV_Q8) {
+        int32_t codes;
+        memcpy(&codes, (const int8_t *)page + at, sizeof codes);
+        four = _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(codes)));
+    } else {
+        four = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)page + at)));
+    }
     return _mm256_insertf128_ps(_mm256_setzero_ps(), four, 0);
 }
 
-/* Asks for n float16 values of the next page. */
-INLINE void prefetch(const void *next, size_t at, int n) {
-    for (int i = 0; i < n; i += 32) _mm_prefetch((const char *)next + 2 * (at + i), _MM_HINT_T1);
+/* Asks for n values of the next page; float32 is not asked for, since widened pages look like it. */
+INLINE void prefetch(int kv_type, const void *next, size_t at, int n) {
+    if (kv_type == SMALLM_KV_F32) return;
+    const size_t bytes = sm_kv_value_bytes(kv_type);
+    for (size_t i = 0; i < (size_t)n * bytes; i += 64)
+        _mm_prefetch((const char *)next + at * bytes + i, _MM_HINT_T1);
 }
 
 /* ---- scores --------------------------------------------------------------------------------- */
 
 /* s_j of n_q queries at 8 n_v positions (n_v even) from j on. */
-INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, size_t j) {
+INLINE void score_tile(int kv_type, int n_v, int n_q, const struct sm_part *p, size_t j) {
     const size_t head = p->head, at = (j - p->base) * head; /* of [n_v / 2][head][16] */
     const float *q = p->q;
     const void *page = p->page, *next = p->next;
@@ -37,9 +52,9 @@ INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, siz
         for (int i = 0; i < n_q; i++) acc[v][i] = _mm256_setzero_ps();
     for (size_t d = 0; d < head; d++) {
         __m256 key[MAX_VECTORS];
-        if (half) prefetch(next, at + (size_t)n_v * 8 * d, n_v * 8);
+        prefetch(kv_type, next, at + (size_t)n_v * 8 * d, n_v * 8);
         for (int v = 0; v < n_v; v++)
-            key[v] = load(half, page, at + ((size_t)(v / 2) * head + d) * 16 + v % 2 * 8);
+            key[v] = load(kv_type, page, at + ((size_t)(v / 2) * head + d) * 16 + v % 2 * 8);
         for (int i = 0; i < n_q; i++) {
             __m256 query = _mm256_broadcast_ss(q + (size_t)i * head + d);
             for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(query, key[v], acc[v][i]);
@@ -50,20 +65,20 @@ INLINE void score_tile(bool half, int n_v, int n_q, const struct sm_part *p, siz
             _mm256_storeu_ps(p->weight + i * SM_SCORE_STRIDE + j + 8 * v, acc[v][i]);
 }
 
-INLINE void score_queries(bool half, int n_v, int n_q, const struct sm_part *p) {
+INLINE void score_queries(int kv_type, int n_v, int n_q, const struct sm_part *p) {
     size_t j = p->lo, step = (size_t)n_v * 8;
-    for (; j + step <= p->hi; j += step) score_tile(half, n_v, n_q, p, j);
-    for (; j < p->hi; j += 16) score_tile(half, 2, n_q, p, j);
+    for (; j + step <= p->hi; j += step) score_tile(kv_type, n_v, n_q, p, j);
+    for (; j < p->hi; j += 16) score_tile(kv_type, 2, n_q, p, j);
 }
 
-INLINE void score_part(bool half, const struct sm_part *p) {
+INLINE void score_part(int kv_type, const struct sm_part *p) {
     switch (p->n_q) {
-    case 1: score_queries(half, 8, 1, p); break;
-    case 2: score_queries(half, 4, 2, p); break;
-    case 3: score_queries(half, 4, 3, p); break;
-    case 4: score_queries(half, 2, 4, p); break;
-    case 5: score_queries(half, 2, 5, p); break;
-    default: score_queries(half, 2, 6, p); break;
+    case 1: score_queries(kv_type, 8, 1, p); break;
+    case 2: score_queries(kv_type, 4, 2, p); break;
+    case 3: score_queries(kv_type, 4, 3, p); break;
+    case 4: score_queries(kv_type, 2, 4, p); break;
+    case 5: score_queries(kv_type, 2, 5, p); break;
+    default: score_queries(kv_type, 2, 6, p); break;
     }
 }
 
@@ -101,7 +116,7 @@ INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi
 /* ---- values --------------------------------------------------------------------------------- */
 
 /* o += e_j v_j of n_q queries at 8 n_v dimensions from d on (four: at 4 of them). */
-INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_part *p, size_t d) {
+INLINE void value_tile(int kv_type, bool four, int n_v, int n_q, const struct sm_part *p, size_t d) {
     const size_t head = p->head, base = p->base, hi = p->hi;
     const float *weight = p->weight;
     const void *page = p->page, *next = p->next;
@@ -109,14 +124,14 @@ INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_p
     __m256 acc[MAX_VECTORS][SM_TILE_Q];
     for (int v = 0; v < n_v; v++)
         for (int i = 0; i < n_q; i++)
-            acc[v][i] = four ? load_four(false, o, (size_t)i * head)
+            acc[v][i] = four ? load_four(SMALLM_KV_F32, o, (size_t)i * head)
                              : _mm256_loadu_ps(o + (size_t)i * head + 8 * v);
     for (size_t j = p->lo; j < hi; j++) {
         const size_t at = (j - base) * head + d;
         __m256 value[MAX_VECTORS];
-        if (half) prefetch(next, at, n_v * 8);
+        prefetch(kv_type, next, at, n_v * 8);
         for (int v = 0; v < n_v; v++)
-            value[v] = four ? load_four(half, page, at) : load(half, page, at + 8 * v);
+            value[v] = four ? load_four(kv_type, page, at) : load(kv_type, page, at + 8 * v);
         for (int i = 0; i < n_q; i++) {
             __m256 e = _mm256_broadcast_ss(weight + i * SM_SCORE_STRIDE + j);
             for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(e, value[v], acc[v][i]);
@@ -131,47 +146,58 @@ INLINE void value_tile(bool half, bool four, int n_v, int n_q, const struct sm_p
         }
 }
 
-INLINE void value_queries(bool half, int n_v, int n_q, const struct sm_part *p) {
+INLINE void value_queries(int kv_type, int n_v, int n_q, const struct sm_part *p) {
     size_t d = 0, step = (size_t)n_v * 8;
-    for (; d + step <= p->head; d += step) value_tile(half, false, n_v, n_q, p, d);
-    for (; d + 8 <= p->head; d += 8) value_tile(half, false, 1, n_q, p, d);
-    if (d < p->head) value_tile(half, true, 1, n_q, p, d);
+    for (; d + step <= p->head; d += step) value_tile(kv_type, false, n_v, n_q, p, d);
+    for (; d + 8 <= p->head; d += 8) value_tile(kv_type, false, 1, n_q, p, d);
+    if (d < p->head) value_tile(kv_type, true, 1, n_q, p, d);
 }
 
-INLINE void value_part(bool half, const struct sm_part *p) {
+INLINE void value_part(int kv_type, const struct sm_part *p) {
     switch (p->n_q) {
-    case 1: value_queries(half, 8, 1, p); break;
-    case 2: value_queries(half, 4, 2, p); break;
-    case 3: value_queries(half, 4, 3, p); break;
-    case 4: value_queries(half, 2, 4, p); break;
-    case 5: value_queries(half, 2, 5, p); break;
-    default: value_queries(half, 2, 6, p); break;
+    case 1: value_queries(kv_type, 8, 1, p); break;
+    case 2: value_queries(kv_type, 4, 2, p); break;
+    case 3: value_queries(kv_type, 4, 3, p); break;
+    case 4: value_queries(kv_type, 2, 4, p); break;
+    case 5: value_queries(kv_type, 2, 5, p); break;
+    default: value_queries(kv_type, 2, 6, p); break;
     }
 }
 
-INLINE void widen(const uint16_t *page, const uint16_t *next, size_t n, float *out) {
+INLINE void widen(int kv_type, const void *page, const void *next, size_t at, size_t n, float *out) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        if (i % 32 == 0) prefetch(next, i, 32);
-        _mm256_storeu_ps(out + i, load(true, page, i));
+        if (i % 32 == 0) prefetch(kv_type, next, at + i, 32);
+        _mm256_storeu_ps(out + i, load(kv_type, page, at + i));
     }
-    if (i < n) _mm_storeu_ps(out + i, _mm256_castps256_ps128(load_four(true, page, i)));
+    if (i < n) _mm_storeu_ps(out + i, _mm256_castps256_ps128(load_four(kv_type, page, at + i)));
+}
+
+INLINE void scale(float *x, const float *by, size_t lo, size_t hi) {
+    for (size_t j = lo / 16 * 16; j < sm_round_up(hi, 16); j += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + j), _mm256_loadu_ps(by + j));
+        _mm256_storeu_ps(x + j, _mm256_and_ps(v, valid(j, lo, hi)));
+    }
 }
 
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, true, score_part, softmax, value_part, widen);
+    sm_attend_tiles(a, SMALLM_KV_F16, score_part, softmax, value_part, widen, scale);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, false, score_part, softmax, value_part, widen);
+    sm_attend_tiles(a, SMALLM_KV_F32, score_part, softmax, value_part, widen, scale);
+}
+static void attend_q8(const struct sm_attend *a) {
+    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, softmax, value_part, widen, scale);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {
-    if (a->kv_type == SMALLM_KV_F32)
-        attend_f32(a);
-    else
-        attend_f16(a);
+    switch (a->kv_type) {
+    case SMALLM_KV_F32: attend_f32(a); break;
+    case SMALLM_KV_Q8: attend_q8(a); break;
+    default: attend_f16(a); break;
+    }
 }
 
 void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
@@ -180,6 +206,10 @@ void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, 
     if (kv_type == SMALLM_KV_F32) {
         for (size_t d = 0; d < head; d++) ((float *)k_page)[at + 16 * d] = k[d];
         memcpy((float *)v_page + slot * head, v, head * sizeof *v);
+        return;
+    }
+    if (kv_type == SMALLM_KV_Q8) {
+        sm_kv_store_q8(k_page, v_page, slot, k, v, head);
         return;
     }
     const __m128 max = _mm_set1_ps(65504.0f), min = _mm_set1_ps(-65504.0f);
