@@ -24,7 +24,7 @@ import random_model
 
 INTEGER = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 TYPES = [*INTEGER, "f16", "bf16", "f32"]
-ISAS = ("avx512vnni", "avx2")  # besides the best
+ISAS = ("avx512vnni", "avxvnni", "avx2")  # besides the best
 
 
 def main() -> None:

@@ -115,6 +115,11 @@ def main() -> None:
     if "smallm" not in logits:
         sys.exit(1)
 
+    import smallm
+
+    with smallm.load(path, threads=options.threads, ctx=1024, kv="q8") as model:
+        logits['smallm, kv="q8"'] = model.logits(ids)
+
     sys.path.insert(0, str(HERE.parent / "tests"))
     from reference import Reference
 

@@ -5,7 +5,7 @@ int sm_cache_init(struct sm_cache *c, const struct sm_hparams *h, int kv_type, u
                   smallm_error *err) {
     *c = (struct sm_cache){.n_layer = h->n_layer, .n_head_kv = h->n_head_kv, .head = h->head,
                            .kv_type = kv_type, .memory_limit = memory_limit};
-    c->part_bytes = sm_kv_part_bytes(kv_type, (size_t)h->head);
+    c->part_bytes = sm_round_up(sm_kv_part_bytes(kv_type, (size_t)h->head), SM_ALIGN);
     size_t n_parts = (size_t)h->n_layer * (size_t)h->n_head_kv * 2;
     if (!sm_mul(c->part_bytes, n_parts, &c->page_bytes))
         return sm_fail(err, SMALLM_E_MEMORY, "a page of the KV cache exceeds the address space");

@@ -1,8 +1,9 @@
 /* The KV cache: pages of SM_PAGE positions, shared between sequences by reference count.
  *
  * A page holds K and V of every layer and kv head for its positions:
- *   [n_layer][n_head_kv]{ K, V }, each as kernels.h lays it out for the cache's type.
- * Pages never written hold zeros.  A page with more than one owner is never written: it is
+ *   [n_layer][n_head_kv]{ K [SM_PAGE / 16][head][16], V [SM_PAGE][head] } of the cache's type, each
+ * with what kernels.h says of it.
+ * Unwritten positions hold finite numbers.  A page with more than one owner is never written: it is
  * copied first.  One thread at a time. */
 #ifndef SM_CACHE_H
 #define SM_CACHE_H

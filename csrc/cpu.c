@@ -26,6 +26,9 @@ static uint32_t detect(void) {
     uint32_t features = 0;
     if (!bit(b, 5) || !fma || !f16c) return 0; /* every tier above generic builds on AVX2 */
     features |= SM_CPU_AVX2;
+    uint32_t more, unused; /* a: the last subleaf of leaf 7 */
+    if (a >= 1 && __get_cpuid_count(7, 1, &more, &unused, &unused, &unused) && bit(more, 4))
+        features |= SM_CPU_AVX_VNNI;
     if ((saved & 0xE0) == 0xE0) { /* opmask and zmm */
         if (bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31)) {
             features |= SM_CPU_AVX512;

@@ -10,9 +10,10 @@
  * system saves its registers too. */
 enum sm_cpu_feature {
     SM_CPU_AVX2 = 1 << 0,       /* with FMA and F16C */
-    SM_CPU_AVX512 = 1 << 1,     /* F, BW, VL, DQ */
-    SM_CPU_AVX512_VNNI = 1 << 2,
-    SM_CPU_AMX = 1 << 3         /* tiles of int8, allowed by the system */
+    SM_CPU_AVX_VNNI = 1 << 1,   /* VNNI of 256 bits, which does not need AVX-512 */
+    SM_CPU_AVX512 = 1 << 2,     /* F, BW, VL, DQ */
+    SM_CPU_AVX512_VNNI = 1 << 3,
+    SM_CPU_AMX = 1 << 4         /* tiles of int8, allowed by the system */
 };
 
 uint32_t sm_cpu_features(void);

@@ -473,6 +473,7 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     } else if (last && r->row) {
         s->want = SM_WANT_LAST;
         s->logits = r->row;
+        if (r->n_logprobs < 0) s->allowed = sm_sampler_allowed(r->sampler);
     }
     e->in_pass[e->n_spans++] = r;
 }

@@ -102,6 +102,6 @@ void sm_forward(const struct sm_pass *p) {
                n_embd * sizeof(float));
     struct sm_source normed = norm(m, p->buffers->wanted, m->output_norm, m->output_norm_b);
     const struct sm_product head = {.w = &m->head, .bias = m->head_bias, .rows = batch->logits,
-                                    .peaks = batch->peaks};
+                                    .peaks = batch->peaks, .allowed = batch->allowed};
     sm_ops_project_fine(p->ops, batch->n_wanted, &normed, &head);
 }

@@ -22,6 +22,7 @@ struct sm_batch {
     const size_t *wanted;       /* [n_wanted] tokens whose logits are asked for */
     float *const *logits;       /* [n_wanted] pointers to [n_vocab], */
     float *const *peaks;        /* [n_wanted] and to their peaks, NULL: not wanted */
+    const uint32_t *const *allowed; /* [n_wanted] tokens whose logits count (ops.h), NULL: all */
     size_t n_wanted;
 };
 

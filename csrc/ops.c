@@ -1,6 +1,8 @@
 /* Phases over the pool: prepare activations, multiply panels, finish rows. */
 #include "ops.h"
 
+#include <math.h>
+
 #include "os.h"
 
 /* Floats of finished rows a thread keeps before it hands them on: 256 KB, inside L2. */
@@ -9,7 +11,7 @@
 #define PANELS_AT_ONCE 8 /* two fours of a GEMV, whole pairs of a GEMM */
 #define TOKENS_AT_ONCE 4
 
-_Static_assert(SM_PANEL_ROWS % SM_PEAK == 0, "a panel holds whole peaks");
+_Static_assert(SM_PANEL_ROWS == SM_PEAK && 32 % SM_PANEL_ROWS == 0, "a panel is a peak and within a word");
 
 /* What a thread does, and since when (sm_clock_ns). */
 struct watch {
@@ -211,7 +213,8 @@ static void subtract_row(enum sm_act format, const struct sm_acts *a, size_t row
     const int8_t *q = a->q + row * a->stride;
     const size_t block = format == SM_ACT_Q8_32 ? 32 : 256;
     const float *d = a->d + row * (a->k_pad / block);
-    for (size_t i = 0; i < a->k; i++) rest[i] = x[i] - d[i / block] * (float)q[i];
+    for (size_t first = 0; first < a->k; first += block, d++)
+        for (size_t i = first; i < SM_MIN(first + block, a->k); i++) rest[i] = x[i] - *d * (float)q[i];
 }
 
 /* Prepares tokens begin .. end - 1 of the source into acts[], in every format wanted. */
@@ -333,13 +336,47 @@ static void run_tile(const struct project *p, const struct sm_product *product,
     }
 }
 
+/* Whether some token asks for a row of the panel. */
+static bool is_asked_for(const struct project *p, const struct sm_product *product, size_t panel) {
+    const size_t row = panel * SM_PANEL_ROWS;
+    for (size_t t = 0; t < p->n; t++) {
+        const uint32_t *allowed = product->allowed[t];
+        if (allowed == NULL || (allowed[row / 32] >> row % 32 & 0xffff) != 0) return true;
+    }
+    return false;
+}
+
+static void fill_panels(const struct project *p, const struct sm_product *product, size_t panel,
+                        size_t n_panels) {
+    const size_t row = panel * SM_PANEL_ROWS;
+    const size_t end = SM_MIN(row + n_panels * SM_PANEL_ROWS, product->w->n_rows);
+    for (size_t t = 0; t < p->n; t++) {
+        for (size_t r = row; r < end; r++) product->rows[t][r] = -INFINITY;
+        for (size_t i = 0; product->peaks[t] != NULL && i < n_panels; i++)
+            product->peaks[t][panel + i] = -INFINITY;
+    }
+}
+
+/* The panels from begin on, before end, that are all asked for, or all not. */
+static size_t run_length(const struct project *p, const struct sm_product *product, size_t begin,
+                         size_t end, bool *asked_for) {
+    *asked_for = product->allowed == NULL || is_asked_for(p, product, begin);
+    size_t i = product->allowed == NULL ? end : begin + 1;
+    while (i < end && is_asked_for(p, product, i) == *asked_for) i++;
+    return i - begin;
+}
+
 /* A thread's panels begin .. end - 1 of one product. */
 static void run_panels(const struct project *p, const struct sm_product *product,
                        const struct sm_acts *acts, size_t begin, size_t end, struct local *l) {
     size_t step = TILE_FLOATS / (p->rows * SM_PANEL_ROWS);
     if (step > 2) step -= step % 2;
-    for (size_t i = begin; i < end; i += step)
-        run_tile(p, product, acts, i, SM_MIN(step, end - i), l);
+    bool asked_for;
+    for (size_t i = begin, n; i < end; i += n) {
+        n = run_length(p, product, i, SM_MIN(end, i + step), &asked_for);
+        if (asked_for) run_tile(p, product, acts, i, n, l);
+        else fill_panels(p, product, i, n);
+    }
 }
 
 static void product_phase(void *arg, int thread, struct sm_work *work) {
@@ -394,6 +431,7 @@ void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
         source.x += t * source.stride;
         part.rows += t;
         if (part.peaks != NULL) part.peaks += t;
+        if (part.allowed != NULL) part.allowed += t;
         struct project p = {.o = o, .s = &source, .products = &part, .n_products = 1,
                             .n = SM_MIN(most, n - t), .fine = fine, .head = true};
         run_project(&p);

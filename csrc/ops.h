@@ -40,6 +40,9 @@ struct sm_product {
     size_t stride;
     float *const *rows;    /* [n] pointers to [n_rows], where they do not lie in one block, */
     float *const *peaks;   /* [n] and to their peaks (peaks.h), NULL: not wanted; or NULL for all */
+    /* [n] bit r % 32 of word r / 32: row r is asked for, NULL: all are; or NULL for all.  Panels
+     * without a row that is asked for are not read, and give -infinity.  With rows and peaks only. */
+    const uint32_t *const *allowed;
     bool add;              /* adds to what is there: the residual */
     bool gelu;             /* not with add */
 };

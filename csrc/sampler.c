@@ -203,6 +203,8 @@ void sm_sampler_free(struct sm_sampler *s) {
     sm_free(s);
 }
 
+const uint32_t *sm_sampler_allowed(const struct sm_sampler *s) { return s->allowed; }
+
 /* ---- the window of recent tokens ------------------------------------------------------------- */
 
 static void forget(struct sm_sampler *s, int32_t token) {
@@ -536,7 +538,7 @@ int sm_sampler_next(struct sm_sampler *s, float *logits, float *peaks, int n_top
         while (logits[i] == logits[i]) i++;
         return sm_fail(err, SMALLM_E_NUMERIC, "the logit of token %d is NaN", (int)i);
     }
-    if (raw_max == -INFINITY)
+    if (raw_max == -INFINITY && !s->allowed) /* else the mask is to blame */
         return sm_fail(err, SMALLM_E_NUMERIC, "all %d logits are -infinity", (int)n);
 
     adjust(s, logits, peaks);

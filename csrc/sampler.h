@@ -16,6 +16,10 @@ int sm_sampler_new(const smallm_sampling *params, int32_t n_vocab, int32_t n_ctx
                    struct sm_sampler **out, smallm_error *err);
 void sm_sampler_free(struct sm_sampler *s); /* NULL allowed */
 
+/* The mask, [(n_vocab + 31) / 32], or NULL: sm_sampler_next does not look at other tokens' logits unless
+ * it reports probabilities.  Lives as long as the sampler. */
+const uint32_t *sm_sampler_allowed(const struct sm_sampler *s);
+
 /* Tells the sampler of a token of the text so far (prompt tokens too), for the penalties. */
 void sm_sampler_accept(struct sm_sampler *s, int32_t token);
 

@@ -24,6 +24,7 @@ struct sm_session {
     struct sm_block *blocks;
     size_t *wanted;
     float **logits, **peaks;
+    const uint32_t **allowed;
 };
 
 static int allocate(struct sm_session *s, smallm_error *err) {
@@ -49,8 +50,10 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     s->wanted = sm_calloc(n, sizeof s->wanted[0]);
     s->logits = sm_calloc(n, sizeof s->logits[0]);
     s->peaks = sm_calloc(n, sizeof s->peaks[0]);
+    s->allowed = sm_calloc(n, sizeof s->allowed[0]);
     if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->seqs == NULL ||
-        s->blocks == NULL || s->wanted == NULL || s->logits == NULL || s->peaks == NULL)
+        s->blocks == NULL || s->wanted == NULL || s->logits == NULL || s->peaks == NULL ||
+        s->allowed == NULL)
         return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
     float *at = s->floats;
     for (size_t i = 0; i < SM_COUNT(parts); i++) {
@@ -103,6 +106,7 @@ void sm_session_free(struct sm_session *s) {
     sm_free(s->wanted);
     sm_free(s->logits);
     sm_free(s->peaks);
+    sm_free(s->allowed);
     sm_free(s);
 }
 
@@ -191,7 +195,7 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
     size_t block_tokens = (size_t)(SM_ATTEND_MAX / (h->n_head / h->n_head_kv));
     *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .seqs = s->seqs,
                                .blocks = s->blocks, .wanted = s->wanted, .logits = s->logits,
-                               .peaks = s->peaks, .alone = true};
+                               .peaks = s->peaks, .allowed = s->allowed, .alone = true};
     for (int i = 0; i < n_spans; i++) {
         const struct sm_span *span = &spans[i];
         size_t n = (size_t)span->n;
@@ -204,6 +208,7 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
             if (span->want == SM_WANT_ALL || (span->want == SM_WANT_LAST && t + 1 == n)) {
                 size_t row = span->want == SM_WANT_ALL ? t : 0;
                 s->wanted[batch->n_wanted] = at;
+                s->allowed[batch->n_wanted] = span->want == SM_WANT_LAST ? span->allowed : NULL;
                 s->peaks[batch->n_wanted] = t + 1 == n ? span->peaks : NULL;
                 s->logits[batch->n_wanted++] = span->logits + row * (size_t)h->n_vocab;
             }

@@ -39,6 +39,8 @@ struct sm_span { /* the next tokens of one sequence */
     int n;
     enum sm_want want;
     float *logits;         /* NONE: unused; LAST: [n_vocab]; ALL: [n][n_vocab] */
+    const uint32_t *allowed; /* LAST: [(n_vocab + 31) / 32] tokens that count, NULL: all; logits of the
+                              * others may be -infinity */
     float *peaks;          /* NULL, or room for the peaks (peaks.h) of the last token's logits */
 };
 

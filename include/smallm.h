@@ -139,7 +139,7 @@ int smallm_detokenize(const smallm_model *model, const int32_t *ids, size_t n_id
 typedef struct smallm_engine smallm_engine;   /* one thread that owns a batch; any thread may call */
 typedef struct smallm_request smallm_request; /* one prompt and its answer; one thread pulls at a time */
 
-/* Q8: int8 with a float32 scale per position and head, half of F16's memory and less exact. */
+/* Q8: int8 with a float scale for each position and head: half of F16's memory. */
 enum smallm_kv_type { SMALLM_KV_F16 = 0, SMALLM_KV_F32 = 1, SMALLM_KV_Q8 = 2 };
 
 typedef struct smallm_engine_params {

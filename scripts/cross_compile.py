@@ -27,6 +27,7 @@ GENERIC = [("generic", "generic", [])]
 X86 = [
     ("generic_fma", "generic", AVX2),
     ("avx2", "x86_avx2", AVX2),
+    ("avxvnni", "x86_avxvnni", [*AVX2, "-mavxvnni"]),
     ("avx512vnni", "x86_avx512vnni", AVX512),
     ("amx", "x86_amx", [*AVX512, "-mamx-tile", "-mamx-int8"]),
 ]

@@ -213,14 +213,14 @@ class Model:
         return out
 
     def _timers(self) -> dict[str, float]:
-        timer, error, sums = new("timer"), new("error"), {}
-        for i in count():
-            status = on(self._live().engine, lib.smallm_engine_timer, i, timer, error)
-            if status == lib.SMALLM_DONE:
-                return sums
-            check(status, error)
-            if timer.seconds > 0:
-                sums[text(timer.name)] = timer.seconds
+        timer, error = new("timer"), new("error")
+        sums: dict[str, float] = {}
+        while (
+            on(self._live().engine, lib.smallm_engine_timer, len(sums), timer, error)
+            == lib.SMALLM_OK
+        ):
+            sums[text(timer.name)] = timer.seconds
+        return sums
 
     @property
     def info(self) -> ModelInfo:
@@ -525,7 +525,8 @@ def load(
     model: a path, a catalogue name ("smollm2-135m", the default), "hf:user/repo:QUANT" or a URL.
     ctx: tokens a prompt and its answer may have together; None: the trained length.
     threads: 1 .. 256; None: SMALLM_THREADS, else the physical cores this process may use.
-    kv: type of the KV cache: "f16", "f32", or "q8" (int8, half of f16's memory, less exact).
+    kv: type of the KV cache: "f16", "f32", or "q8" (int8 with a scale per position and head, half
+        of f16's memory).
     memory_limit: bytes for weights, KV cache and scratch together.
     offline: no network; so does SMALLM_OFFLINE=1.
     progress: called with (bytes done, bytes in all or None) during a download; None: a bar on

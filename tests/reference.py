@@ -44,8 +44,7 @@ class Reference:
     """A model's weights and hyperparameters.
 
     dtype: float32 or float64, of all arithmetic.
-    kv: "f32", or how keys and values are rounded: "f16" to float16, "q8" to int8 with one scale per
-      position and head.
+    kv: "f32", or "f16" or "q8": keys and values rounded as such a cache holds them.
     activations: "float", or "int8": inputs of quantized matrices rounded, per 32 values (K-quants:
       per 256); the head's in two steps.
     """
@@ -132,8 +131,10 @@ class Reference:
         if self.kv == "f16":
             k = np.clip(k, -65504, 65504).astype(np.float16).astype(self.dtype)
             v = np.clip(v, -65504, 65504).astype(np.float16).astype(self.dtype)
-        elif self.kv == "q8":
-            k, v = round_int8(k, self.head), round_int8(v, self.head)
+        if self.kv == "q8":  # a scale for each position and head
+            k, v = (
+                np.rint(x / (d := np.abs(x).max(axis=-1, keepdims=True) / 127)) * d for x in (k, v)
+            )
         position = np.arange(n)
         seen = position[None, :] <= position[:, None]
         if self.window:

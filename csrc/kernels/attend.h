@@ -1,12 +1,9 @@
 /* How the vector tiers walk through attention; what differs between them comes in as functions.
  *
  * Queries go in tiles of up to SM_TILE_Q.  All tiles pass over a page while it is in the nearest
- * cache.  One tile widens float16 and int8 as it loads them, which waiting for memory hides; for several, a
- * page is widened once.  Pages are too short for the processor to guess what comes next, so each page's
+ * cache.  One tile widens float16 or int8 as it loads it, which waiting for memory hides; for several,
+ * a page is widened once.  Pages are too short for the processor to guess what comes next, so each page's
  * loads ask for the next page's.
- *
- * The scales of a Q8 page multiply the scores, and later the e_j, of all queries: codes are summed as
- * they are, in registers, whatever the type.
  *
  * Scratch: scores [n_q][SM_SCORE_STRIDE], which become the e_j; behind SM_ATTEND_MAX of them a widened page. */
 #ifndef SM_ATTEND_H
@@ -24,27 +21,24 @@ struct sm_part {
     float *weight;          /* [n_q][SM_SCORE_STRIDE] scores, then e_j */
     float *o;               /* [n_q][head] */
     size_t n_q, head;
-    const int16_t *from, *to; /* [n_q] a query's own positions */
     const void *page;       /* K or V, from position `base` on */
     const void *next;       /* the page to come */
-    const float *scales;    /* [SM_PAGE] of the page, where the cache is Q8 */
     size_t base, lo, hi;
 };
 
-/* Below, `type` is the smallm_kv_type that a page is read as, a constant of each call.
- *
- * Scores of the part, not scaled; lo and hi are multiples of 16. */
-typedef void sm_score_fn(int type, const struct sm_part *p);
-/* Multiplies scores or e_j of the part by the scales; 0 wherever a query does not see, which keeps a
- * NaN scale there from coming through. */
-typedef void sm_scale_fn(const struct sm_part *p);
+/* Scores of the part; lo and hi are multiples of 16. */
+typedef void sm_score_fn(int kv_type, const struct sm_part *p);
 /* Scores at [begin, end), multiples of 16, become e_j where lo <= j < hi and 0 elsewhere. */
 typedef void sm_softmax_fn(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m,
                            float *l);
 /* o += e_j v_j; positions outside a query's own range have e_j = 0, and v is finite. */
-typedef void sm_value_fn(int type, const struct sm_part *p);
-/* out [n] = the n values at `page`, n a multiple of 4; asks for as many at `next`. */
-typedef void sm_widen_fn(int type, const void *page, const void *next, size_t n, float *out);
+typedef void sm_value_fn(int kv_type, const struct sm_part *p);
+
+/* out [n] = the n values from `at` on of `page`, n a multiple of 4; asks for as many of `next`. */
+typedef void sm_widen_fn(int kv_type, const void *page, const void *next, size_t at, size_t n,
+                         float *out);
+/* x_j = x_j * scale_j for lo <= j < hi, else 0; for all j of the vectors of 16 that hold one. */
+typedef void sm_scale_fn(float *x, const float *scale, size_t lo, size_t hi);
 
 /* Queries [first, first + n_q) and the positions that any of them sees. */
 struct sm_tile {
@@ -57,32 +51,37 @@ static inline struct sm_part sm_part_of(const struct sm_attend *a, const struct 
     return (struct sm_part){.q = a->q + t->first * a->head,
                             .weight = (float *)a->scratch + t->first * SM_SCORE_STRIDE,
                             .o = a->o + t->first * a->head,
-                            .n_q = t->n_q, .head = a->head, .from = a->lo + t->first,
-                            .to = a->hi + t->first, .base = page * SM_PAGE,
+                            .n_q = t->n_q, .head = a->head, .base = page * SM_PAGE,
                             .lo = SM_MAX(page * SM_PAGE, t->lo),
                             .hi = SM_MIN((page + 1) * SM_PAGE, t->hi)};
 }
 
 /* Widens positions lo .. hi - 1 of a page that starts at position `base`; the widened page. */
 static inline __attribute__((always_inline)) const void *
-sm_widen_part(const struct sm_attend *a, int type, sm_widen_fn *widen, size_t base, size_t lo,
+sm_widen_part(const struct sm_attend *a, int kv_type, sm_widen_fn *widen, size_t base, size_t lo,
               size_t hi, const void *page, const void *next) {
     float *wide = (float *)a->scratch + SM_ATTEND_MAX * SM_SCORE_STRIDE;
-    size_t from = (lo - base) * a->head, at = from * sm_kv_value_bytes(type);
-    widen(type, (const char *)page + at, (const char *)next + at, (hi - lo) * a->head, wide + from);
+    size_t from = (lo - base) * a->head;
+    widen(kv_type, page, next, from, (hi - lo) * a->head, wide + from);
     return wide;
 }
 
-/* Asks for the scales of the next page, which lie behind all that the walk over a page asks for. */
-static inline void sm_prefetch_scales(const void *next, size_t head) {
-    const char *scales = (const char *)sm_kv_scales(next, head);
-    for (size_t i = 0; i < SM_PAGE * sizeof(float); i += SM_ALIGN)
-        __builtin_prefetch(scales + i, 0, 2);
+/* Queries of tile t by the scales of a page that starts at position `base`: [lo, hi), cut to each
+ * query's own range where `own`. */
+static inline __attribute__((always_inline)) void
+sm_scale_part(const struct sm_attend *a, const struct sm_tile *t, sm_scale_fn *scale, size_t base,
+              size_t lo, size_t hi, const float *scales, bool own) {
+    for (size_t i = t->first; i < t->first + t->n_q; i++) {
+        size_t from = own ? SM_MAX(lo, (size_t)a->lo[i]) : lo;
+        size_t to = own ? SM_MIN(hi, (size_t)a->hi[i]) : hi;
+        if (from < to)
+            scale((float *)a->scratch + i * SM_SCORE_STRIDE + base, scales, from - base, to - base);
+    }
 }
 
 static inline __attribute__((always_inline)) void
-sm_attend_tiles(const struct sm_attend *a, int type, sm_score_fn *score, sm_scale_fn *scale,
-                sm_softmax_fn *softmax, sm_value_fn *value, sm_widen_fn *widen) {
+sm_attend_tiles(const struct sm_attend *a, int kv_type, sm_score_fn *score, sm_softmax_fn *softmax,
+                sm_value_fn *value, sm_widen_fn *widen, sm_scale_fn *scale) {
     struct sm_tile tile[(SM_ATTEND_MAX + SM_TILE_Q - 1) / SM_TILE_Q];
     size_t n_tiles = (a->n_q + SM_TILE_Q - 1) / SM_TILE_Q, lo = SM_CHUNK, hi = 0;
     for (size_t t = 0, i = 0; t < n_tiles; t++) {
@@ -96,23 +95,24 @@ sm_attend_tiles(const struct sm_attend *a, int type, sm_score_fn *score, sm_scal
         tile[t] = s;
     }
     const size_t first = lo / SM_PAGE, last = (hi - 1) / SM_PAGE;
-    const bool once = type != SMALLM_KV_F32 && n_tiles > 1, scaled = type == SMALLM_KV_Q8;
+    const bool once = kv_type != SMALLM_KV_F32 && n_tiles > 1, scaled = kv_type == SMALLM_KV_Q8;
 
     for (size_t page = first; page <= last; page++) {
         const size_t base = page * SM_PAGE, end = SM_MIN(base + SM_PAGE, sm_round_up(hi, 16));
         const void *k = a->k[page], *next = page < last ? a->k[page + 1] : a->v[first];
-        if (scaled) sm_prefetch_scales(next, a->head);
-        if (once) k = sm_widen_part(a, type, widen, base, SM_MAX(base, lo / 16 * 16), end, k, next);
+        if (once)
+            k = sm_widen_part(a, kv_type, widen, base, SM_MAX(base, lo / 16 * 16), end, k, next);
         for (size_t t = 0; t < n_tiles; t++) {
             struct sm_part p = sm_part_of(a, &tile[t], page);
             p.page = k;
             p.next = next;
-            p.scales = sm_kv_scales(a->k[page], a->head);
             p.lo = p.lo / 16 * 16;
             p.hi = sm_round_up(p.hi, 16);
             if (once) score(SMALLM_KV_F32, &p);
-            else score(type, &p);
-            if (scaled) scale(&p);
+            else score(kv_type, &p);
+            if (scaled && p.lo < p.hi)
+                sm_scale_part(a, &tile[t], scale, base, p.lo, p.hi, sm_kv_scales(a->k[page], a->head),
+                              false);
         }
     }
     for (size_t t = 0; t < n_tiles; t++)
@@ -125,17 +125,18 @@ sm_attend_tiles(const struct sm_attend *a, int type, sm_score_fn *score, sm_scal
         const size_t base = page * SM_PAGE;
         const void *v = a->v[page], *next = page < last ? a->v[page + 1] : a->next;
         if (next == NULL) next = v;
-        if (scaled) sm_prefetch_scales(next, a->head);
         if (once)
-            v = sm_widen_part(a, type, widen, base, SM_MAX(base, lo), SM_MIN(base + SM_PAGE, hi), v, next);
+            v = sm_widen_part(a, kv_type, widen, base, SM_MAX(base, lo), SM_MIN(base + SM_PAGE, hi), v,
+                              next);
         for (size_t t = 0; t < n_tiles; t++) {
             struct sm_part p = sm_part_of(a, &tile[t], page);
             p.page = v;
             p.next = next;
-            p.scales = sm_kv_scales(a->v[page], a->head);
-            if (scaled) scale(&p);
+            if (scaled && p.lo < p.hi)
+                sm_scale_part(a, &tile[t], scale, base, p.lo, p.hi, sm_kv_scales(a->v[page], a->head),
+                              true);
             if (once) value(SMALLM_KV_F32, &p);
-            else value(type, &p);
+            else value(kv_type, &p);
         }
     }
     for (size_t i = 0; i < a->n_q * a->head; i++) a->o[i] += 0.0f;

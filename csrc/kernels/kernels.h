@@ -35,9 +35,11 @@
  *   s_j = q . k_j by acc = fma(q[d], k_j[d], acc), d ascending from acc = 0 (q is pre-scaled)
  *   m = max s_j;  e_j = expf(s_j - m);  l = tree16 of lanes lane[j % 16] += e_j, j ascending
  *   o[d] = acc = fma(e_j, v_j[d], acc), j ascending from acc = 0; then + 0.0f
- * K and V are read as the cache holds them (kv_store).  Of a Q8 cache k_j and v_j are the codes, and
- * the scales dk_j, dv_j of position j come in once each: s_j is that sum * dk_j, and e_j * dv_j stands
- * in o[d] in place of e_j, but not in l.  Chunks fold left in ascending order: the first is copied; then M' = max(M, m), a = expf(M - M'), b = expf(m - M'), L = fma(L, a, l * b),
+ * K and V are read as the cache holds them.  int8 is read as the code c; the score is then (q . c_j) *
+ * dk_j, and o[d] = fma(e_j * dv_j, c_j[d], acc); the scales dk, dv of the codes are made as the
+ * activations' are, one for each position and head (NaN and codes 0 where a value is not finite).
+ * f16 rounds to nearest even and saturates at +-65504.  Chunks fold left in ascending order: the first is
+ * copied; then M' = max(M, m), a = expf(M - M'), b = expf(m - M'), L = fma(L, a, l * b),
  * O = fma(O, a, o * b), M = M'.  The result is O * (1 / L).
  *
  * expf is expf.h's polynomial, never libm's.  silu(x) = x / (1 + expf(-x)).
@@ -113,29 +115,27 @@ struct sm_matmul {
 };
 typedef void sm_matmul_fn(const struct sm_matmul *m);
 
-/* One kv head in a page: of K [SM_PAGE / 16][head][16], of V [SM_PAGE][head] values; with Q8 these are
- * int8 codes, behind which lie the float scales [SM_PAGE] of the positions.  A multiple of SM_ALIGN
- * bytes, as SM_PAGE is. */
 static inline size_t sm_kv_value_bytes(int kv_type) {
     return kv_type == SMALLM_KV_F32 ? 4 : kv_type == SMALLM_KV_F16 ? 2 : 1;
 }
+/* Bytes of K, or V, of one head in a page. */
 static inline size_t sm_kv_part_bytes(int kv_type, size_t head) {
-    size_t scale = kv_type == SMALLM_KV_Q8 ? sizeof(float) : 0;
-    return SM_PAGE * (head * sm_kv_value_bytes(kv_type) + scale);
+    size_t scales = kv_type == SMALLM_KV_Q8 ? SM_PAGE * sizeof(float) : 0;
+    return SM_PAGE * head * sm_kv_value_bytes(kv_type) + scales;
 }
-/* The scales [SM_PAGE] of a page's K or V, of Q8. */
-static inline const float *sm_kv_scales(const void *part, size_t head) {
-    return (const float *)(const void *)((const int8_t *)part + SM_PAGE * head);
+/* The scales of an int8 page: head is a multiple of 4. */
+static inline float *sm_kv_scales(const void *page, size_t head) {
+    return (float *)(void *)((uintptr_t)page + SM_PAGE * head);
 }
 
-/* n_q queries against one chunk of one kv head; every query has lo < hi.  What a query does not see
- * may be anything, NaN scales too. */
+/* n_q queries against one chunk of one kv head; every query has lo < hi. */
 struct sm_attend {
     const float *q;        /* [n_q][head], pre-scaled */
     const int16_t *lo, *hi; /* [n_q] valid positions of the chunk */
     size_t n_q, head;      /* n_q <= SM_ATTEND_MAX; head <= SM_HEAD_MAX, a multiple of 4 */
-    const void *k[SM_CHUNK_PAGES]; /* pages (see sm_kv_part_bytes); NULL past max(hi) */
-    const void *v[SM_CHUNK_PAGES];
+    const void *k[SM_CHUNK_PAGES]; /* pages: [SM_PAGE / 16][head][16] of kv_type; NULL past max(hi) */
+    const void *v[SM_CHUNK_PAGES]; /* pages: [SM_PAGE][head] of kv_type; behind both, for int8, float
+                                    * scales [SM_PAGE] */
     int kv_type;           /* smallm_kv_type */
     const void *next;      /* the first page the next call will read, a hint; or NULL */
     float *m, *l;          /* [n_q] out */
@@ -156,10 +156,7 @@ struct sm_kernels {
     void (*attend_fold)(float *M, float *L, float *O, float m, float l, const float *o, size_t head);
     /* out[head] = O * (1 / L) */
     void (*attend_finish)(float *out, const float *O, float L, size_t head);
-    /* Writes one position's K and V of one kv head into its page at slot (0 .. SM_PAGE - 1);
-     * F16 rounds to nearest even and saturates at +-65504; Q8 rounds as activations are, the
-     * head's values being one block, whose d is the position's scale.  Where a value is infinite or NaN the scale
-     * is NaN and the codes are 0, so that whoever sees the position gets NaN. */
+    /* Writes one position's K and V of one kv head into its page at slot (0 .. SM_PAGE - 1). */
     void (*kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
                      const float *v, size_t head);
 

@@ -601,6 +601,49 @@ static void check_close(void) {
     free(f.allowed);
 }
 
+/* ---- masks ------------------------------------------------------------------------------------ */
+
+/* Without probabilities only the head's panels of allowed tokens are computed; with them all are. */
+static void check_masks(void) {
+    static struct result want, got, other;
+    const size_t n_words = ((size_t)model_info.n_vocab + 31) / 32;
+    uint32_t *allowed = calloc(n_words, 4), *one = calloc(n_words, 4);
+    int32_t prompt[9];
+    smallm_engine *e = open_engine((smallm_engine_params){0});
+    for (uint32_t i = 0; i < 12; i++) {
+        memset(allowed, 0, n_words * 4);
+        for (uint32_t j = 0; j < 2 + 5 * i; j++) { /* some lie together */
+            uint32_t id = (j * j * 7919u + i * 31u + j % 3) % (uint32_t)model_info.n_vocab;
+            allowed[id / 32] |= 1u << id % 32;
+        }
+        make_prompt(prompt, 9, i);
+        smallm_request_params p = request(prompt, 9, 12);
+        p.sampling.temperature = i % 3 == 0 ? 0 : 1.5f;
+        p.sampling.seed = i;
+        p.sampling.allowed = allowed;
+        p.n_logprobs = 0;
+        run(e, &p, &want);
+        p.n_logprobs = -1;
+        smallm_request_params q = request(prompt + 1, 8, 12); /* beside it, all or one token */
+        memset(one, 0, n_words * 4);
+        one[i % n_words] = 1;
+        if (i % 2 == 0) q.sampling.allowed = one;
+        smallm_request *a = submit(e, &p), *b = submit(e, &q);
+        drain(a, &got);
+        drain(b, &other);
+        smallm_request_free(a);
+        smallm_request_free(b);
+        CHECK(want.n > 0 && got.n == want.n, "%u: %d of %d tokens", i, got.n, want.n);
+        for (int j = 0; j < got.n; j++) {
+            CHECK(got.tokens[j] == want.tokens[j], "%u: token %d", i, j);
+            CHECK(allowed[got.tokens[j] / 32] >> got.tokens[j] % 32 & 1, "%u: token %d", i, j);
+        }
+    }
+    smallm_engine_close(e);
+    free(allowed);
+    free(one);
+}
+
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 static void check_budget(void) {
@@ -667,7 +710,6 @@ static void check_refusals(void) {
     REFUSE_OPEN(n_ctx, model_info.n_ctx_train + 1);
     REFUSE_OPEN(n_batch, -1);
     REFUSE_OPEN(n_batch, INT32_MAX);
-    REFUSE_OPEN(kv_type, -1);
     REFUSE_OPEN(kv_type, 3);
     CHECK(smallm_engine_open(NULL, NULL, &e, &err) == SMALLM_E_ARGUMENT, "no model");
     CHECK(smallm_engine_open(model, NULL, NULL, &err) == SMALLM_E_ARGUMENT, "no out");
@@ -827,6 +869,7 @@ int main(int argc, char **argv) {
     check_length();
     check_cancel();
     check_close();
+    check_masks();
     check_budget();
     check_refusals();
 #ifndef _WIN32

@@ -594,10 +594,11 @@ static void case_matmul(uint64_t seed) {
     if (variant % 4 == 0) n_tokens = 1;
     if (variant % 4 == 1) n_tokens = 2 + below(6);
     if (variant % 8 == 6) k = 1024; /* rows of activations lie further apart */
-    if (variant % 8 == 2) { /* longer than any tile's scratch */
+    if (variant % 8 == 2 || variant % 16 == 4) { /* longer than any tile's scratch */
+        bool many = variant % 8 == 2;
         k = unit == 1 ? 2049 + below(500) : sm_round_up(2049 + below(2500), unit);
-        n_rows = 1 + below(quick ? 20 : 40);
-        n_tokens = 18 + below(12);
+        n_rows = 1 + below(quick ? 20 : many ? 40 : 100);
+        n_tokens = many ? 18 + below(12) : 1 + below(8);
     }
     if (quick) n_tokens = 1 + (n_tokens - 1) % 24;
     size_t first = below(3), ld = SM_PANEL_ROWS * ((n_rows + 15) / 16) + below(2) * 16;
@@ -649,32 +650,32 @@ static void case_matmul(uint64_t seed) {
 
 /* ---- attention ---- */
 
-static const char *const kv_names[] = {"f16", "f32", "q8"};
-static const size_t kv_sizes[] = {2, 4, 1}; /* bytes of a value */
+static size_t kv_bytes(int kv_type, size_t head) { /* of K or V in a page */
+    switch (kv_type) {
+    case SMALLM_KV_F32: return SM_PAGE * head * 4;
+    case SMALLM_KV_F16: return SM_PAGE * head * 2;
+    default: return SM_PAGE * head + SM_PAGE * 4;
+    }
+}
 
-/* Bytes of one head's K or V in a page. */
-static size_t kv_bytes(int kv_type, size_t head) {
-    return SM_PAGE * (head * kv_sizes[kv_type] + (kv_type == SMALLM_KV_Q8 ? 4 : 0));
-}
-static float *kv_scale(void *page, size_t head, size_t j) {
-    return (float *)(void *)((uint8_t *)page + SM_PAGE * head) + j % SM_PAGE;
-}
-static float kv_read_scale(int kv_type, const void *page, size_t head, size_t j) {
-    return kv_type == SMALLM_KV_Q8 ? *kv_scale((void *)page, head, j) : 1.0f;
-}
-/* Value or code i. */
 static float kv_read(int kv_type, const void *page, size_t i) {
-    if (kv_type == SMALLM_KV_Q8) return ((const int8_t *)page)[i];
-    return kv_type == SMALLM_KV_F32 ? ((const float *)page)[i]
-                                    : sm_f16_to_f32(((const uint16_t *)page)[i]);
+    switch (kv_type) {
+    case SMALLM_KV_F32: return ((const float *)page)[i];
+    case SMALLM_KV_F16: return sm_f16_to_f32(((const uint16_t *)page)[i]);
+    default: return ((const int8_t *)page)[i];
+    }
 }
 static void kv_write(int kv_type, void *page, size_t i, float x) {
     if (kv_type == SMALLM_KV_F32)
         ((float *)page)[i] = x;
-    else if (kv_type == SMALLM_KV_Q8)
-        ((int8_t *)page)[i] = (int8_t)x;
-    else
+    else if (kv_type == SMALLM_KV_F16)
         ((uint16_t *)page)[i] = sm_f32_to_f16(x > 65504 ? 65504 : x < -65504 ? -65504 : x);
+    else
+        ((int8_t *)page)[i] = (int8_t)(isnan(x) ? 0x55 : (int)fmaxf(-127, fminf(127, x * 100)));
+}
+/* The scale of position j in an int8 page. */
+static float *kv_scale(const void *page, size_t head, size_t j) {
+    return (float *)(void *)((char *)page + SM_PAGE * head) + j;
 }
 static size_t k_index(size_t j, size_t d, size_t head) {
     return (j % SM_PAGE / 16 * head + d) * 16 + j % 16;
@@ -699,8 +700,9 @@ static void ref_attend(const struct sm_attend *a) {
                 acc =
                     sm_fma(a->q[i * a->head + d], kv_read(a->kv_type, a->k[j / SM_PAGE], at), acc);
             }
-            s[j] = acc * kv_read_scale(a->kv_type, a->k[j / SM_PAGE], a->head, (size_t)j);
-            if (s[j] > m) m = s[j];
+            if (a->kv_type == SMALLM_KV_Q8) acc *= *kv_scale(a->k[j / SM_PAGE], a->head, (size_t)j % SM_PAGE);
+            s[j] = acc;
+            if (acc > m) m = acc;
         }
         a->m[i] = m += 0.0f;
         for (int j = a->lo[i]; j < a->hi[i]; j++) {
@@ -712,7 +714,9 @@ static void ref_attend(const struct sm_attend *a) {
             float acc = 0;
             for (int j = a->lo[i]; j < a->hi[i]; j++) {
                 size_t at = (size_t)j % SM_PAGE * a->head + d;
-                float e = s[j] * kv_read_scale(a->kv_type, a->v[j / SM_PAGE], a->head, (size_t)j);
+                float e = s[j];
+                if (a->kv_type == SMALLM_KV_Q8)
+                    e *= *kv_scale(a->v[j / SM_PAGE], a->head, (size_t)j % SM_PAGE);
                 acc = sm_fma(e, kv_read(a->kv_type, a->v[j / SM_PAGE], at), acc);
             }
             a->o[i * a->head + d] = acc + 0.0f;
@@ -720,26 +724,11 @@ static void ref_attend(const struct sm_attend *a) {
     }
 }
 
-/* Position j of a page of codes, with scales of the given kind; NaN where no query sees it. */
-static void fill_codes(void *k, void *v, size_t j, size_t head, enum fill kind, bool vanishing,
-                       bool seen) {
-    for (size_t d = 0; d < head; d++) {
-        int zero = kind == FILL_ZERO || (kind == FILL_SPARSE && below(10));
-        kv_write(SMALLM_KV_Q8, k, k_index(j, d, head), zero ? 0 : (float)below(255) - 127);
-        kv_write(SMALLM_KV_Q8, v, j * head + d,
-                 zero        ? 0
-                 : vanishing ? -(float)below(2)
-                             : (float)below(255) - 127);
-    }
-    *kv_scale(k, head, j) = seen ? fabsf(fill_one(kind)) / 64 : NAN;
-    *kv_scale(v, head, j) = !seen ? NAN : vanishing ? 0x1p-149f : fabsf(fill_one(kind)) / 64;
-}
-
 static void case_attend(uint64_t seed) {
     static const size_t heads[] = {4,  8,  12, 16,  20,  32,  36,  48, 64,
                                    68, 80, 96, 112, 128, 192, 256, 512};
     size_t head = heads[seed % SM_COUNT(heads)], variant = (size_t)(seed / SM_COUNT(heads));
-    int kv_type = (int)(variant % 3);
+    int kv_type = (int[]){SMALLM_KV_F16, SMALLM_KV_Q8, SMALLM_KV_F32}[variant % 3];
     size_t n_q = 1 + below(variant % 2 ? SM_ATTEND_MAX : 9);
     if (variant % 8 == 7) n_q = SM_ATTEND_MAX;
     if (quick) n_q = 1 + (n_q - 1) % 15;
@@ -771,8 +760,8 @@ static void case_attend(uint64_t seed) {
         last = SM_MAX(last, to);
     }
     snprintf(shape, sizeof shape,
-             "head %zu, %zu queries, %s, ranges %zu, [%zu, %zu), fill %d", head, n_q,
-             kv_names[kv_type], ranges, first, last, (int)kind);
+             "head %zu, %zu queries, kv type %d, ranges %zu, [%zu, %zu), fill %d", head, n_q,
+             kv_type, ranges, first, last, (int)kind);
 
     struct sm_attend a = {
         .lo = lo, .hi = hi, .n_q = n_q, .head = head, .kv_type = kv_type, .scratch = scratch};
@@ -786,20 +775,18 @@ static void case_attend(uint64_t seed) {
         for (size_t j = 0; j < SM_PAGE; j++) {
             /* What no query sees was never written, and may be NaN. */
             bool seen = p * SM_PAGE + j >= first && p * SM_PAGE + j < last;
-            if (kv_type == SMALLM_KV_Q8) fill_codes(k, v, j, head, kind, vanishing, seen);
-            for (size_t d = 0; d < head && kv_type != SMALLM_KV_Q8; d++) {
+            for (size_t d = 0; d < head; d++) {
                 float x = fill_one(kind), y = fill_one(kind);
                 if (vanishing) y = below(2) ? 0.0f : -0x1p-149f;
                 kv_write(kv_type, k, k_index(j, d, head), seen ? x : NAN);
                 kv_write(kv_type, v, j * head + d, seen ? y : NAN);
             }
+            if (kv_type != SMALLM_KV_Q8) continue;
+            *kv_scale(k, head, j) = seen ? fabsf(fill_one(kind)) * 0.01f : NAN;
+            *kv_scale(v, head, j) = seen ? fabsf(fill_one(kind)) * 0.01f : NAN;
         }
         a.k[p] = k;
         a.v[p] = v;
-    }
-    if (kv_type == SMALLM_KV_Q8 && below(4) == 0) { /* a NaN that some queries see and others do not */
-        size_t j = first + below(last - first);
-        *kv_scale((void *)(below(2) ? a.k : a.v)[j / SM_PAGE], head, j) = NAN;
     }
     a.m = want;
     a.l = want + n_q;
@@ -856,28 +843,30 @@ static void case_fold(uint64_t seed) {
     free(got);
 }
 
-static void ref_store_q8(void *page, size_t head, size_t j, bool is_k, const float *x) {
-    float amax = 0;
+/* Codes of x [n] to page[at + i * step], and their scale. */
+static float ref_quantize(int8_t *page, size_t at, size_t step, const float *x, size_t n) {
+    float most = 0;
     bool finite = true;
-    for (size_t d = 0; d < head; d++) {
-        finite = finite && isfinite(x[d]);
-        amax = fmaxf(amax, fabsf(x[d]));
+    for (size_t i = 0; i < n; i++) {
+        finite = finite && isfinite(x[i]);
+        most = fmaxf(most, fabsf(x[i]));
     }
-    bool zero = !finite || amax < 0x1p-100f;
-    for (size_t d = 0; d < head; d++) {
-        float code = zero ? 0.0f : fminf(fmaxf(rintf(x[d] * (127.0f / amax)), -127.0f), 127.0f);
-        kv_write(SMALLM_KV_Q8, page, is_k ? k_index(j, d, head) : j * head + d, code);
+    bool zero = !finite || most < 0x1p-100f;
+    float id = zero ? 0 : 127.0f / most;
+    for (size_t i = 0; i < n; i++) {
+        float code = zero ? 0 : rintf(x[i] * id);
+        page[at + i * step] = (int8_t)fmaxf(-127, fminf(127, code));
     }
-    *kv_scale(page, head, j) = !finite ? NAN : zero ? 0.0f : amax / 127.0f;
+    return !finite ? NAN : zero ? 0 : most / 127.0f;
 }
 
 static void case_kv_store(uint64_t seed) {
     size_t head = 4 * (1 + below(SM_HEAD_MAX / 4)), position = below(SM_PAGE);
     if (seed % 2) head = (size_t[]){4, 8, 64, 80, 128}[below(5)];
-    int kv_type = (int)(seed / 2 % 3);
-    enum fill kind = (enum fill)(seed / 6 % FILL_COUNT);
-    snprintf(shape, sizeof shape, "head %zu, slot %zu, %s, fill %d", head, position,
-             kv_names[kv_type], (int)kind);
+    int kv_type = (int)(seed / 2 % 3); /* all of them */
+    enum fill kind = (enum fill)(seed / 4 % FILL_COUNT);
+    snprintf(shape, sizeof shape, "head %zu, slot %zu, kv type %d, fill %d", head, position,
+             kv_type, (int)kind);
     size_t bytes = kv_bytes(kv_type, head);
     void *wantk = allocate(bytes), *wantv = allocate(bytes), *gotk = allocate(bytes),
          *gotv = allocate(bytes);
@@ -886,9 +875,8 @@ static void case_kv_store(uint64_t seed) {
     fill(v, head, kind);
     if (below(4) == 0) k[below(head)] = INFINITY, v[below(head)] = -INFINITY;
     if (kv_type == SMALLM_KV_Q8) {
-        if (below(8) == 0) (below(2) ? k : v)[below(head)] = NAN;
-        ref_store_q8(wantk, head, position, true, k);
-        ref_store_q8(wantv, head, position, false, v);
+        *kv_scale(wantk, head, position) = ref_quantize(wantk, k_index(position, 0, head), 16, k, head);
+        *kv_scale(wantv, head, position) = ref_quantize(wantv, position * head, 1, v, head);
     }
     for (size_t d = 0; d < head && kv_type != SMALLM_KV_Q8; d++) {
         kv_write(kv_type, wantk, k_index(position, d, head), k[d]);
@@ -1200,7 +1188,7 @@ static void bench_attends(const char *pattern) {
                  {24, 64, 1, 0},   {64, 64, 1, 0},   {64, 80, 1, 0},   {64, 128, 1, 0},
                  {64, 64, 1, 1},   {8, 8, 1, 0}};
     for (size_t s = 0; s < SM_COUNT(sizes); s++)
-        for (int kv = 0; kv < (int)SM_COUNT(kv_names); kv++) {
+        for (int kv = 0; kv <= SMALLM_KV_Q8; kv++) {
             size_t n_q = sizes[s].n_q, head = sizes[s].head;
             size_t chunk_bytes = 2 * SM_CHUNK_PAGES * kv_bytes(kv, head);
             float *q = floats(n_q * head), *out = floats(n_q * (head + 2));
@@ -1225,16 +1213,13 @@ static void bench_attends(const char *pattern) {
                                      .chunk_bytes = chunk_bytes};
             b.memory = sm_alloc(b.n_chunks * chunk_bytes); /* on huge pages, as the cache's */
             if (b.memory == NULL) exit(2);
-            for (size_t i = 0; i < b.n_chunks * 2 * SM_CHUNK_PAGES; i++) {
-                uint8_t *part = b.memory + i * kv_bytes(kv, head);
-                for (size_t j = 0; j < SM_PAGE * head; j++)
-                    kv_write(kv, part, j, uniform() * (kv == SMALLM_KV_Q8 ? 127 : 1));
-                for (size_t j = 0; j < SM_PAGE && kv == SMALLM_KV_Q8; j++)
-                    *kv_scale(part, head, j) = 1.0f / 127;
-            }
+            memset(b.memory, 0x3c, b.n_chunks * chunk_bytes); /* small positive numbers */
+            size_t n_values = b.n_chunks * chunk_bytes / (kv == SMALLM_KV_F32 ? 4 : 2);
+            for (size_t i = 0; i < n_values && kv != SMALLM_KV_Q8; i++)
+                kv_write(kv, b.memory, i, uniform());
             char what[100];
             snprintf(what, sizeof what, "attend head %zu, %zu queries, %s%s%s", head, n_q,
-                     kv_names[kv], sizes[s].causal ? ", causal" : "",
+                     (const char *[]){"f16", "f32", "q8"}[kv], sizes[s].causal ? ", causal" : "",
                      b.n_chunks > 1 ? ", cold" : "");
             if (n_q <= 8 && head > 8)
                 bench(pattern, what, "GB/s", (double)chunk_bytes, run_attend, &b);
@@ -1251,7 +1236,6 @@ struct bench_vector {
     size_t n;
     struct sm_acts acts;
     enum sm_act act;
-    int kv_type;
 };
 static void run_prepare(const struct sm_kernels *k, void *arg) {
     struct bench_vector *b = arg;
@@ -1301,17 +1285,17 @@ static void run_finish(const struct sm_kernels *k, void *arg) {
 }
 static void run_kv_store(const struct sm_kernels *k, void *arg) {
     struct bench_vector *b = arg;
-    k->kv_store(b->kv_type, b->out, b->out + SM_PAGE * 64, 17, b->x, b->w, 64);
+    k->kv_store(SMALLM_KV_F16, b->out, b->out + SM_PAGE * 64 / 2, 17, b->x, b->w, 64);
 }
 
 static void bench_vectors(const char *pattern) {
     struct bench_vector b = {.n = 1536};
     b.x = floats(b.n);
     b.w = floats(b.n);
-    b.out = floats(2 * SM_PAGE * 64);
+    b.out = floats(SM_PAGE * 64);
     fill(b.x, b.n, FILL_USUAL);
     fill(b.w, b.n, FILL_USUAL);
-    fill(b.out, 2 * SM_PAGE * 64, FILL_USUAL);
+    fill(b.out, SM_PAGE * 64, FILL_USUAL);
     for (int act = 0; act < SM_ACT_COUNT; act++) {
         static const char *const what[] = {"prepare F32 1536", "prepare Q8_32 1536",
                                            "prepare Q8_256 1536"};
@@ -1331,11 +1315,7 @@ static void bench_vectors(const char *pattern) {
     bench(pattern, "add 1536", "", 0, run_add, &b);
     bench(pattern, "attend_fold head 64", "", 0, run_fold, &b);
     bench(pattern, "attend_finish head 64", "", 0, run_finish, &b);
-    for (b.kv_type = 0; b.kv_type < (int)SM_COUNT(kv_names); b.kv_type++) {
-        char what[100];
-        snprintf(what, sizeof what, "kv_store head 64, %s", kv_names[b.kv_type]);
-        bench(pattern, what, "", 0, run_kv_store, &b);
-    }
+    bench(pattern, "kv_store head 64, f16", "", 0, run_kv_store, &b);
     free(b.x);
     free(b.w);
     free(b.out);
@@ -1353,7 +1333,7 @@ static const struct {
     {"vector_expf", case_vector_expf, 600, 10},
     {"prepare", case_prepare, 2000, 200},
     {"matmul", case_matmul, SM_TYPE_COUNT * 64, SM_TYPE_COUNT * 4},
-    {"attend", case_attend, 17 * 24, 17 * 6},
+    {"attend", case_attend, 17 * 16, 17 * 4},
     {"attend_fold", case_fold, 2000, 100},
     {"kv_store", case_kv_store, 2000, 100},
     {"vector", case_vector, 2000, 100},

@@ -3,15 +3,14 @@
 
 #include "../../f16.h"
 #include "../expf.h"
+#include "../kvq8.h"
 #include "../tier.h"
-#include "quantize.h"
 
 static void load(int kv_type, float *out, const void *in, size_t offset, size_t n) {
     if (kv_type == SMALLM_KV_F32) {
         memcpy(out, (const float *)in + offset, n * sizeof *out);
     } else if (kv_type == SMALLM_KV_Q8) {
-        const int8_t *code = (const int8_t *)in + offset;
-        for (size_t i = 0; i < n; i++) out[i] = (float)code[i];
+        for (size_t i = 0; i < n; i++) out[i] = ((const int8_t *)in)[offset + i];
     } else {
         const uint16_t *half = (const uint16_t *)in + offset;
         for (size_t i = 0; i < n; i++) out[i] = sm_f16_to_f32(half[i]);
@@ -46,18 +45,17 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
     float *score = a->scratch;                   /* [n_q][SM_CHUNK] */
     float *buffer = score + a->n_q * SM_CHUNK;   /* [head][16] of K, [head] of V */
     size_t head = a->head, first = SM_CHUNK, last = 0;
-    bool scaled = a->kv_type == SMALLM_KV_Q8;
     for (size_t i = 0; i < a->n_q; i++) {
         first = SM_MIN(first, (size_t)a->lo[i]);
         last = SM_MAX(last, (size_t)a->hi[i]);
     }
     for (size_t j = first / 16 * 16; j < last; j += 16) {
         load(a->kv_type, buffer, a->k[j / SM_PAGE], j % SM_PAGE * head, 16 * head);
-        const float *scales = sm_kv_scales(a->k[j / SM_PAGE], head) + j % SM_PAGE;
+        const float *scale = sm_kv_scales(a->k[j / SM_PAGE], head) + j % SM_PAGE;
         for (size_t i = 0; i < a->n_q; i++) {
             float *s = score + i * SM_CHUNK + j;
             score16(s, a->q + i * head, buffer, head);
-            for (size_t n = 0; n < 16 && scaled; n++) s[n] *= scales[n];
+            for (size_t l = 0; l < 16 && a->kv_type == SMALLM_KV_Q8; l++) s[l] *= scale[l];
         }
     }
     for (size_t i = 0; i < a->n_q; i++)
@@ -68,7 +66,7 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
         for (size_t i = 0; i < a->n_q; i++) {
             if (j < (size_t)a->lo[i] || j >= (size_t)a->hi[i]) continue;
             float e = score[i * SM_CHUNK + j], *o = a->o + i * head;
-            if (scaled) e *= sm_kv_scales(a->v[j / SM_PAGE], head)[j % SM_PAGE];
+            if (a->kv_type == SMALLM_KV_Q8) e *= sm_kv_scales(a->v[j / SM_PAGE], head)[j % SM_PAGE];
             for (size_t d = 0; d < head; d++) o[d] = sm_fma(e, buffer[d], o[d]);
         }
     }
@@ -93,14 +91,6 @@ static uint16_t to_f16(float x) {
     return sm_f32_to_f16(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
 }
 
-/* Codes of x[head] into codes[head]; the scale. */
-static float to_q8(int8_t *codes, const float *x, size_t head) {
-    float scale;
-    if (quantize(codes, &scale, x, head, head)) return scale;
-    memset(codes, 0, head);
-    return NAN;
-}
-
 void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
                           const float *v, size_t head) {
     size_t at = slot / 16 * 16 * head + slot % 16; /* of K[0]; K[d] lies 16 further each */
@@ -108,11 +98,7 @@ void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, 
         for (size_t d = 0; d < head; d++) ((float *)k_page)[at + 16 * d] = k[d];
         memcpy((float *)v_page + slot * head, v, head * sizeof *v);
     } else if (kv_type == SMALLM_KV_Q8) {
-        int8_t codes[SM_HEAD_MAX], *kq = k_page, *vq = v_page;
-        float *k_scales = (float *)(kq + SM_PAGE * head), *v_scales = (float *)(vq + SM_PAGE * head);
-        k_scales[slot] = to_q8(codes, k, head);
-        for (size_t d = 0; d < head; d++) kq[at + 16 * d] = codes[d];
-        v_scales[slot] = to_q8(vq + slot * head, v, head);
+        sm_kv_store_q8(k_page, v_page, slot, k, v, head);
     } else {
         uint16_t *kh = k_page, *vh = (uint16_t *)v_page + slot * head;
         for (size_t d = 0; d < head; d++) {

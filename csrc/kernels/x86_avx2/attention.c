@@ -1,28 +1,28 @@
 /* Attention on AVX2 (attend.h): 8 positions (scores) or 8 head dimensions (values) to a vector, and
  * as many vectors to a tile of queries as make at most 12 sums in registers. */
 #include "../attend.h"
+#include "../kvq8.h"
 #include "../tier.h"
 #include "expf.h"
-#include "quantize.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_VECTORS 8
 
 /* Elements [at, at + 8) of a page. */
-INLINE __m256 load(int type, const void *page, size_t at) {
-    if (type == SMALLM_KV_F32) return _mm256_loadu_ps((const float *)page + at);
-    if (type == SMALLM_KV_Q8) {
+INLINE __m256 load(int kv_type, const void *page, size_t at) {
+    if (kv_type == SMALLM_KV_F32) return _mm256_loadu_ps((const float *)page + at);
+    if (kv_type == SMALLM_KV_Q8) {
         __m128i codes = _mm_loadl_epi64((const __m128i *)((const int8_t *)page + at));
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
     }
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)page + at)));
 }
 /* [at, at + 4), else 0. */
-INLINE __m256 load_four(int type, const void *page, size_t at) {
+INLINE __m256 load_four(int kv_type, const void *page, size_t at) {
     __m128 four;
-    if (type == SMALLM_KV_F32) {
+    if (kv_type == SMALLM_KV_F32) {
         four = _mm_loadu_ps((const float *)page + at);
-    } else if (type == SMALLM_KV_Q8) {
+    } else if (kv_type == SMALLM_KV_Q8) {
         int32_t codes;
         memcpy(&codes, (const int8_t *)page + at, sizeof codes);
         four = _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(codes)));
@@ -32,17 +32,18 @@ INLINE __m256 load_four(int type, const void *page, size_t at) {
     return _mm256_insertf128_ps(_mm256_setzero_ps(), four, 0);
 }
 
-/* Asks for n values of the next page. */
-INLINE void prefetch(int type, const void *next, size_t at, int n) {
-    const int size = (int)sm_kv_value_bytes(type);
-    const char *begin = (const char *)next + at * (size_t)size;
-    for (int i = 0; i < n * size; i += 64) _mm_prefetch(begin + i, _MM_HINT_T1);
+/* Asks for n values of the next page; float32 is not asked for, since widened pages look like it. */
+INLINE void prefetch(int kv_type, const void *next, size_t at, int n) {
+    if (kv_type == SMALLM_KV_F32) return;
+    const size_t bytes = sm_kv_value_bytes(kv_type);
+    for (size_t i = 0; i < (size_t)n * bytes; i += 64)
+        _mm_prefetch((const char *)next + at * bytes + i, _MM_HINT_T1);
 }
 
 /* ---- scores --------------------------------------------------------------------------------- */
 
 /* s_j of n_q queries at 8 n_v positions (n_v even) from j on. */
-INLINE void score_tile(int type, int n_v, int n_q, const struct sm_part *p, size_t j) {
+INLINE void score_tile(int kv_type, int n_v, int n_q, const struct sm_part *p, size_t j) {
     const size_t head = p->head, at = (j - p->base) * head; /* of [n_v / 2][head][16] */
     const float *q = p->q;
     const void *page = p->page, *next = p->next;
@@ -51,9 +52,9 @@ INLINE void score_tile(int type, int n_v, int n_q, const struct sm_part *p, size
         for (int i = 0; i < n_q; i++) acc[v][i] = _mm256_setzero_ps();
     for (size_t d = 0; d < head; d++) {
         __m256 key[MAX_VECTORS];
-        if (type != SMALLM_KV_F32) prefetch(type, next, at + (size_t)n_v * 8 * d, n_v * 8);
+        prefetch(kv_type, next, at + (size_t)n_v * 8 * d, n_v * 8);
         for (int v = 0; v < n_v; v++)
-            key[v] = load(type, page, at + ((size_t)(v / 2) * head + d) * 16 + v % 2 * 8);
+            key[v] = load(kv_type, page, at + ((size_t)(v / 2) * head + d) * 16 + v % 2 * 8);
         for (int i = 0; i < n_q; i++) {
             __m256 query = _mm256_broadcast_ss(q + (size_t)i * head + d);
             for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(query, key[v], acc[v][i]);
@@ -64,40 +65,28 @@ INLINE void score_tile(int type, int n_v, int n_q, const struct sm_part *p, size
             _mm256_storeu_ps(p->weight + i * SM_SCORE_STRIDE + j + 8 * v, acc[v][i]);
 }
 
-INLINE void score_queries(int type, int n_v, int n_q, const struct sm_part *p) {
+INLINE void score_queries(int kv_type, int n_v, int n_q, const struct sm_part *p) {
     size_t j = p->lo, step = (size_t)n_v * 8;
-    for (; j + step <= p->hi; j += step) score_tile(type, n_v, n_q, p, j);
-    for (; j < p->hi; j += 16) score_tile(type, 2, n_q, p, j);
+    for (; j + step <= p->hi; j += step) score_tile(kv_type, n_v, n_q, p, j);
+    for (; j < p->hi; j += 16) score_tile(kv_type, 2, n_q, p, j);
 }
 
-INLINE void score_part(int type, const struct sm_part *p) {
+INLINE void score_part(int kv_type, const struct sm_part *p) {
     switch (p->n_q) {
-    case 1: score_queries(type, 8, 1, p); break;
-    case 2: score_queries(type, 4, 2, p); break;
-    case 3: score_queries(type, 4, 3, p); break;
-    case 4: score_queries(type, 2, 4, p); break;
-    case 5: score_queries(type, 2, 5, p); break;
-    default: score_queries(type, 2, 6, p); break;
+    case 1: score_queries(kv_type, 8, 1, p); break;
+    case 2: score_queries(kv_type, 4, 2, p); break;
+    case 3: score_queries(kv_type, 4, 3, p); break;
+    case 4: score_queries(kv_type, 2, 4, p); break;
+    case 5: score_queries(kv_type, 2, 5, p); break;
+    default: score_queries(kv_type, 2, 6, p); break;
     }
 }
 
 /* All bits of positions j .. j + 7 inside [lo, hi). */
 INLINE __m256 valid(size_t j, size_t lo, size_t hi) {
-    if (lo <= j && j + 8 <= hi) return _mm256_castsi256_ps(_mm256_set1_epi32(-1));
     __m256i below_hi = lanes_below(hi > j ? hi - j : 0);
     __m256i below_lo = lanes_below(lo > j ? lo - j : 0);
     return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
-}
-
-INLINE void scale_part(const struct sm_part *p) {
-    for (size_t i = 0; i < p->n_q; i++)
-        for (size_t j = p->lo / 16 * 16; j < sm_round_up(p->hi, 16); j += 8) {
-            float *weight = p->weight + i * SM_SCORE_STRIDE + j;
-            __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(weight),
-                                          _mm256_loadu_ps(p->scales + j - p->base));
-            __m256 seen = valid(j, (size_t)p->from[i], (size_t)p->to[i]);
-            _mm256_storeu_ps(weight, _mm256_and_ps(scaled, seen));
-        }
 }
 
 INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m_out,
@@ -127,7 +116,7 @@ INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi
 /* ---- values --------------------------------------------------------------------------------- */
 
 /* o += e_j v_j of n_q queries at 8 n_v dimensions from d on (four: at 4 of them). */
-INLINE void value_tile(int type, bool four, int n_v, int n_q, const struct sm_part *p, size_t d) {
+INLINE void value_tile(int kv_type, bool four, int n_v, int n_q, const struct sm_part *p, size_t d) {
     const size_t head = p->head, base = p->base, hi = p->hi;
     const float *weight = p->weight;
     const void *page = p->page, *next = p->next;
@@ -140,9 +129,9 @@ INLINE void value_tile(int type, bool four, int n_v, int n_q, const struct sm_pa
     for (size_t j = p->lo; j < hi; j++) {
         const size_t at = (j - base) * head + d;
         __m256 value[MAX_VECTORS];
-        if (type != SMALLM_KV_F32) prefetch(type, next, at, n_v * 8);
+        prefetch(kv_type, next, at, n_v * 8);
         for (int v = 0; v < n_v; v++)
-            value[v] = four ? load_four(type, page, at) : load(type, page, at + 8 * v);
+            value[v] = four ? load_four(kv_type, page, at) : load(kv_type, page, at + 8 * v);
         for (int i = 0; i < n_q; i++) {
             __m256 e = _mm256_broadcast_ss(weight + i * SM_SCORE_STRIDE + j);
             for (int v = 0; v < n_v; v++) acc[v][i] = _mm256_fmadd_ps(e, value[v], acc[v][i]);
@@ -157,44 +146,50 @@ INLINE void value_tile(int type, bool four, int n_v, int n_q, const struct sm_pa
         }
 }
 
-INLINE void value_queries(int type, int n_v, int n_q, const struct sm_part *p) {
+INLINE void value_queries(int kv_type, int n_v, int n_q, const struct sm_part *p) {
     size_t d = 0, step = (size_t)n_v * 8;
-    for (; d + step <= p->head; d += step) value_tile(type, false, n_v, n_q, p, d);
-    for (; d + 8 <= p->head; d += 8) value_tile(type, false, 1, n_q, p, d);
-    if (d < p->head) value_tile(type, true, 1, n_q, p, d);
+    for (; d + step <= p->head; d += step) value_tile(kv_type, false, n_v, n_q, p, d);
+    for (; d + 8 <= p->head; d += 8) value_tile(kv_type, false, 1, n_q, p, d);
+    if (d < p->head) value_tile(kv_type, true, 1, n_q, p, d);
 }
 
-INLINE void value_part(int type, const struct sm_part *p) {
+INLINE void value_part(int kv_type, const struct sm_part *p) {
     switch (p->n_q) {
-    case 1: value_queries(type, 8, 1, p); break;
-    case 2: value_queries(type, 4, 2, p); break;
-    case 3: value_queries(type, 4, 3, p); break;
-    case 4: value_queries(type, 2, 4, p); break;
-    case 5: value_queries(type, 2, 5, p); break;
-    default: value_queries(type, 2, 6, p); break;
+    case 1: value_queries(kv_type, 8, 1, p); break;
+    case 2: value_queries(kv_type, 4, 2, p); break;
+    case 3: value_queries(kv_type, 4, 3, p); break;
+    case 4: value_queries(kv_type, 2, 4, p); break;
+    case 5: value_queries(kv_type, 2, 5, p); break;
+    default: value_queries(kv_type, 2, 6, p); break;
     }
 }
 
-INLINE void widen(int type, const void *page, const void *next, size_t n, float *out) {
-    const size_t step = 64 / sm_kv_value_bytes(type);
+INLINE void widen(int kv_type, const void *page, const void *next, size_t at, size_t n, float *out) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        if (i % step == 0) prefetch(type, next, i, (int)step);
-        _mm256_storeu_ps(out + i, load(type, page, i));
+        if (i % 32 == 0) prefetch(kv_type, next, at + i, 32);
+        _mm256_storeu_ps(out + i, load(kv_type, page, at + i));
     }
-    if (i < n) _mm_storeu_ps(out + i, _mm256_castps256_ps128(load_four(type, page, i)));
+    if (i < n) _mm_storeu_ps(out + i, _mm256_castps256_ps128(load_four(kv_type, page, at + i)));
+}
+
+INLINE void scale(float *x, const float *by, size_t lo, size_t hi) {
+    for (size_t j = lo / 16 * 16; j < sm_round_up(hi, 16); j += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + j), _mm256_loadu_ps(by + j));
+        _mm256_storeu_ps(x + j, _mm256_and_ps(v, valid(j, lo, hi)));
+    }
 }
 
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F16, score_part, scale_part, softmax, value_part, widen);
+    sm_attend_tiles(a, SMALLM_KV_F16, score_part, softmax, value_part, widen, scale);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F32, score_part, scale_part, softmax, value_part, widen);
+    sm_attend_tiles(a, SMALLM_KV_F32, score_part, softmax, value_part, widen, scale);
 }
 static void attend_q8(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, scale_part, softmax, value_part, widen);
+    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, softmax, value_part, widen, scale);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {
@@ -203,24 +198,6 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
     case SMALLM_KV_Q8: attend_q8(a); break;
     default: attend_f16(a); break;
     }
-}
-
-/* Codes of x[head] into codes[head]; the scale. */
-static float to_q8(int8_t *codes, const float *x, size_t head) {
-    __m256i max = _mm256_setzero_si256();
-    for (size_t i = 0; i < head; i += 8) max = _mm256_max_epi32(max, abs_bits(load_row(x, i, head)));
-    int32_t bits = largest_lane(max);
-    if (bits >= 0x7f800000) {
-        memset(codes, 0, head);
-        return __builtin_nanf("");
-    }
-    float id, scale = block_scale(bits, &id);
-    for (size_t i = 0; i < head; i += 32) {
-        int8_t some[32];
-        _mm256_storeu_si256((__m256i *)some, quantize32(x, i, head, id));
-        memcpy(codes + i, some, SM_MIN(sizeof some, head - i));
-    }
-    return scale;
 }
 
 void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
@@ -232,11 +209,7 @@ void SM_NAME(sm_kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, 
         return;
     }
     if (kv_type == SMALLM_KV_Q8) {
-        int8_t codes[SM_HEAD_MAX], *kq = k_page, *vq = v_page;
-        float *k_scales = (float *)(kq + SM_PAGE * head), *v_scales = (float *)(vq + SM_PAGE * head);
-        k_scales[slot] = to_q8(codes, k, head);
-        for (size_t d = 0; d < head; d++) kq[at + 16 * d] = codes[d];
-        v_scales[slot] = to_q8(vq + slot * head, v, head);
+        sm_kv_store_q8(k_page, v_page, slot, k, v, head);
         return;
     }
     const __m128 max = _mm_set1_ps(65504.0f), min = _mm_set1_ps(-65504.0f);
