@@ -44,6 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "Q6_K": {"types": "Q6_K", "n_embd": 256, "n_ff": 512},
 }
 
+CACHES = {"f16": lib.SMALLM_KV_F16, "f32": lib.SMALLM_KV_F32, "q8": lib.SMALLM_KV_Q8}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -75,13 +77,15 @@ def prompt(n: int, seed: int = 0) -> list[int]:
 class Engine:
     """The C interface, for what the Python one does not count."""
 
-    def __init__(self, path: Path, *, threads: int = 2, n_batch: int = 512) -> None:
+    def __init__(
+        self, path: Path, *, threads: int = 2, n_batch: int = 512, kv: str = "f16"
+    ) -> None:
         self.error = ffi.new("smallm_error *", {"size": ffi.sizeof("smallm_error")})
         out = ffi.new("smallm_model **")
         self.check(lib.smallm_model_open(str(path).encode(), ffi.NULL, out, self.error))
         self.model = out[0]
         params = ffi.new("smallm_engine_params *", {"size": ffi.sizeof("smallm_engine_params")})
-        params.n_threads, params.n_batch = threads, n_batch
+        params.n_threads, params.n_batch, params.kv_type = threads, n_batch, CACHES[kv]
         out = ffi.new("smallm_engine **")
         self.check(lib.smallm_engine_open(self.model, params, out, self.error))
         self.engine = out[0]
@@ -165,13 +169,8 @@ def differences(path: Path, n: int, chunks: Sequence[int], kv: str = "f16") -> l
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_threads_and_chunks_change_no_bit(models: Callable[[str], Path], name: str) -> None:
-    assert differences(models(name), LONG, (512, 1, 7, 32)) == []
-
-
-@pytest.mark.parametrize("kv", ["f32", "q8"])
-@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])  # with a window, too
-def test_threads_and_chunks_change_no_bit_in_any_cache(
+@pytest.mark.parametrize("kv", CACHES)
+def test_threads_and_chunks_change_no_bit(
     models: Callable[[str], Path], name: str, kv: str
 ) -> None:
     assert differences(models(name), LONG, (512, 1, 7, 32), kv) == []
@@ -182,10 +181,13 @@ def test_threads_and_chunks_change_no_bit_of_the_real_model(real_model: Path) ->
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("chunk", [0, 3], ids=["whole", "chunks of 3"])
-def test_company_changes_no_bit(models: Callable[[str], Path], name: str, chunk: int) -> None:
+def test_company_changes_no_bit(
+    models: Callable[[str], Path], name: str, kv: str, chunk: int
+) -> None:
     prompts = [prompt(n, seed=n) for n in (300, 40, 1, 17, 64)]
-    with Engine(models(name)) as engine:
+    with Engine(models(name), kv=kv) as engine:
         alone = [engine.logits([p], chunk)[0][0] for p in prompts]
         before, _ = engine.counters()
         together, chunks = engine.logits(prompts, chunk)

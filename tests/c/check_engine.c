@@ -710,6 +710,7 @@ static void check_refusals(void) {
     REFUSE_OPEN(n_ctx, model_info.n_ctx_train + 1);
     REFUSE_OPEN(n_batch, -1);
     REFUSE_OPEN(n_batch, INT32_MAX);
+    REFUSE_OPEN(kv_type, -1);
     REFUSE_OPEN(kv_type, 3);
     CHECK(smallm_engine_open(NULL, NULL, &e, &err) == SMALLM_E_ARGUMENT, "no model");
     CHECK(smallm_engine_open(model, NULL, NULL, &err) == SMALLM_E_ARGUMENT, "no out");
