@@ -40,10 +40,12 @@ class Work:
     n_int: int  # matmul parameters in integer formats, without the head
     n_float: int  # matmul parameters in float formats, without the head
     weight_bytes: int  # read for one token
+    kv: str  # type of the cache
 
     def decode_bytes(self, position: float) -> int:
         """Weights, keys and values of one token that has `position` others before it."""
-        return self.weight_bytes + int(4 * self.n_layer * self.n_head_kv * self.head * position)
+        part = {"f16": 2 * self.head, "f32": 4 * self.head, "q8": self.head + 4}[self.kv]
+        return self.weight_bytes + int(2 * self.n_layer * self.n_head_kv * part * position)
 
     def prefill_seconds(self, n: int, int8: float, f32: float) -> float:
         """Of n tokens, with both peaks in operations a second."""
@@ -51,7 +53,7 @@ class Work:
         return 2 * n * self.n_int / int8 + 2 * (n * self.n_float + pairs) / f32
 
 
-def read(path: str) -> Work:
+def read(path: str, kv: str = "f16") -> Work:
     file = gguf.GGUFReader(path)
 
     def value(key: str, missing: Any = None) -> Any:
@@ -88,6 +90,7 @@ def read(path: str) -> Work:
         n_int=n_int,
         n_float=n_float,
         weight_bytes=weight_bytes,
+        kv=kv,
     )
 
 

@@ -69,6 +69,12 @@ def main() -> None:
         help=f"also a prompt of so many tokens less {N_DECODE + 1}, and the {N_DECODE} after it",
     )
     parser.add_argument(
+        "--kv",
+        choices=("f16", "f32", "q8"),
+        default="f16",
+        help="type of smallm's KV cache, whose bytes the limit counts; the peers' is float16",
+    )
+    parser.add_argument(
         "--limit",
         choices=limits.TIERS,
         help="whose arithmetic peak is the limit (default: that of the tier that smallm runs on)",
@@ -81,11 +87,11 @@ def main() -> None:
     for i, given in enumerate(options.models or [None]):
         with ExitStack() as stack:
             path = model_path(given)
-            work = limits.read(path)
+            work = limits.read(path, options.kv)
             ctx = max(1024, options.depth or 0)
             found: dict[str, Any] = {"model": path, "work": vars(work)}
             results["models"].append(found)
-            running = load(stack, engines(options), path, options.threads, ctx, found)
+            running = load(stack, path, ctx, found, options)
             print(f"\n{Path(path).name}: {work.weight_bytes / 1e6:.1f} MB read per token")
             if "smallm" not in running:
                 sys.exit(1)
@@ -114,14 +120,15 @@ def main() -> None:
 
 
 def load(
-    stack: ExitStack, named: Mapping[str, str], path: str, threads: int, ctx: int, found: Any
+    stack: ExitStack, path: str, ctx: int, found: dict[str, Any], options: Any
 ) -> dict[str, Engine]:
     """Starts the engines; one that cannot load the file is left out with a line on stderr."""
     running = {}
-    for name, python in named.items():
+    for name, python in engines(options).items():
+        own = [options.kv] if name == "smallm" else []
         engine = stack.enter_context(Engine(name, python))
         try:
-            found[name] = engine.ask("load", path, threads, ctx, False)
+            found[name] = engine.ask("load", path, options.threads, ctx, False, *own)
             running[name] = engine
         except EngineError as error:
             print(error, file=sys.stderr)

@@ -6,7 +6,8 @@ Runs under the interpreter of whichever environment holds the engine, so it impo
 Anything the engine itself prints goes to stderr.  Only the work asked for is timed, in seconds by
 the monotonic clock.  An engine has those of the methods below that it can:
 
-    load(path, threads, ctx, every_logit)       {"version", "isa", "settings"}
+    load(path, threads, ctx, every_logit)       {"version", "isa", "settings"}; smallm's takes the
+                                                type of the cache, too
     run(ids, n)                                 seconds of the prompt and its first token, seconds
                                                 per token of the n after it
     together(prompts, n), apart(prompts, n)     seconds of n tokens for each prompt
@@ -27,14 +28,16 @@ from typing import Any
 class Smallm:
     """smallm through its public Python API, greedy sampling and detokenizing included."""
 
-    def load(self, path: str, threads: int, ctx: int, every_logit: bool) -> dict[str, Any]:
+    def load(
+        self, path: str, threads: int, ctx: int, every_logit: bool, kv: str = "f16"
+    ) -> dict[str, Any]:
         import smallm
 
-        self.model = smallm.load(path, threads=threads, ctx=ctx)
+        self.model = smallm.load(path, threads=threads, ctx=ctx, kv=kv)
         return {
             "version": smallm.__version__,
             "isa": self.model.info.isa,
-            "settings": f"threads={threads}, ctx={ctx}",
+            "settings": f"threads={threads}, ctx={ctx}, kv={kv}",
         }
 
     def run(self, ids: list[int], n: int) -> tuple[float, float]:
