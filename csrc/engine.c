@@ -27,8 +27,8 @@
 #define MIXED_PREFILL 128 /* prompt tokens beside decoding requests: bounds how long these wait */
 #define MIN_PREFILL 32    /* what repeated cancelling leaves of a pass */
 #define SLAB_BYTES 4096
-/* A reader is woken for several tokens at once where they come fast, but not later than this after
- * the oldest: being woken costs a pass more than a small model's token takes to sample. */
+/* A reader is woken for several tokens at once where they come fast, but not much later than this
+ * after the oldest: it runs on a core that the pass needs. */
 #define PATIENCE_NS 10000000u
 
 struct slab { /* a piece of a request's queue: records back to back */

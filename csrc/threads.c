@@ -4,9 +4,10 @@
  * are cut into one contiguous share per thread.  What a thread must know to join stands in the one
  * cache line it waits at.  A share is a single word, epoch and next item: with the epoch before this
  * one nobody has touched it yet, so that the caller need not lay anything out; with any other epoch
- * it is of no use to a thread that came too late.  A worker takes items before it looks at anything of the caller's: having taken some is
- * what holds the phase open.  When no items are left the caller closes all shares and waits until the
- * items that the workers say they have done make up the rest.
+ * it is of no use to a thread that came too late.  A worker takes items before it looks at anything
+ * of the caller's: having taken some is what holds the phase open.  When no items are left the
+ * caller closes all shares and waits until the items that the workers say they have done make up
+ * the rest.
  *
  * Waiting is to spin for SPIN_NS by the clock and then to sleep on a gate.  A raise only makes a
  * system call when somebody sleeps: the sleeper says so before it looks a last time, the raiser
@@ -56,6 +57,8 @@ struct sm_pool {
     struct seat *seats;     /* [n_threads] */
     struct worker *workers; /* [n_threads - 1] */
 };
+
+_Static_assert(offsetof(struct sm_pool, arg) + sizeof(void *) <= SM_ALIGN, "one line to wait at");
 
 /* A thread's view of a phase. */
 struct sm_work {

@@ -1,6 +1,6 @@
 /* Where the time of forward passes goes, in nanoseconds summed over the threads.  Kept by ops.c and
- * engine.c where asked for (smallm_engine_params.timers), about 25 ns for each change of what a
- * thread does; off, it costs a test of a flag. */
+ * engine.c where asked for (smallm_engine_params.timers): the clock is read at each change of what a
+ * thread does.  Off, that is a test of a pointer. */
 #ifndef SM_TIMERS_H
 #define SM_TIMERS_H
 

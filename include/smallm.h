@@ -244,8 +244,8 @@ typedef struct smallm_chunk {
 
 /* Waits at most timeout_ms (0: only looks) for the next token.  SMALLM_OK: *out is filled;
  * SMALLM_AGAIN: nothing yet; SMALLM_DONE: the answer has ended.  Negative: the request failed.
- * The engine never waits for the reader, and wakes one that waits at most 10 ms after a token: where
- * tokens come faster, several are then there at once. */
+ * The engine never waits for the reader.  Where tokens come faster than every 10 ms it wakes a reader
+ * that waits about that often, and several are then there at once. */
 int smallm_request_next(smallm_request *request, int32_t timeout_ms, smallm_chunk *out,
                         smallm_error *err);
 

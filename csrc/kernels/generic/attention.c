@@ -3,7 +3,7 @@
 
 #include "../../f16.h"
 #include "../expf.h"
-#include "../kvq8.h"
+#include "../quantize.h"
 #include "../tier.h"
 
 static void load(int kv_type, float *out, const void *in, size_t offset, size_t n) {

@@ -1,7 +1,7 @@
 /* Attention on AVX2 (attend.h): 8 positions (scores) or 8 head dimensions (values) to a vector, and
  * as many vectors to a tile of queries as make at most 12 sums in registers. */
 #include "../attend.h"
-#include "../kvq8.h"
+#include "../quantize.h"
 #include "../tier.h"
 #include "expf.h"
 
