@@ -1,0 +1,332 @@
+"""A folder to a file: plan everything, then stream tensor by tensor.
+
+The plan holds names, shapes and types of all tensors and every key; whatever is unknown, missing
+or contradictory is refused while it is made.  Writing goes to a temporary file beside the result,
+which is renamed at the end: there is never a broken file of the wanted name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._catalog import Progress, _shown
+from .._errors import CorruptModelError, ModelNotFoundError, SmallmError, UnsupportedModelError
+from ._checkpoint import Tensor, open_checkpoint
+from ._config import Config, read_json
+from ._families import DROPPED, Array, Family, Keys, Piece, find
+from ._tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    import gguf
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+BLOCK_BYTES = 1 << 22  # of float32 that are encoded at a time
+# Matrices that stay F32: small, and read value by value or feeding a choice.
+FLOAT32 = re.compile(
+    r".*(?:_norm\.weight|\.ffn_gate_inp(?:_shexp)?\.weight|\.ssm_conv1d\.weight"
+    r"|\.shortconv\.conv\.weight)|(?:position_embd|token_types)\.weight|.*(?<!\.weight)"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One piece of a tensor of the file: a tensor of the checkpoint and what becomes of it."""
+
+    tensor: Tensor
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]  # slowest dimension first
+    type: gguf.GGMLQuantizationType
+    sources: tuple[Source, ...]  # empty: `values`
+    values: Array | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return int(np.prod(self.shape, dtype=np.int64)) // block * size
+
+    def blocks(self) -> Iterator[Array]:
+        """Float32 values in order, some rows at a time (or bytes, as a piece gives them)."""
+        if not self.sources:
+            assert self.values is not None
+            yield self.values
+            return
+        first = self.sources[0]
+        if len(self.sources) == 1 and first.piece.make is None:
+            rows = first.tensor.shape[0] if first.tensor.shape else 1
+            step = max(1, BLOCK_BYTES // 4 * rows // max(1, int(np.prod(first.tensor.shape))))
+            for at in range(0, rows, step):
+                yield first.tensor.read(at, min(step, rows - at))
+            return
+        yield _assemble([s.piece for s in self.sources], [s.tensor.read() for s in self.sources])
+
+
+def _assemble(pieces: list[Piece], arrays: list[Array]) -> Array:
+    made = [a if p.make is None else p.make(a) for p, a in zip(pieces, arrays, strict=True)]
+    return made[0] if len(made) == 1 and pieces[0].join is np.stack else pieces[0].join(made)
+
+
+def _need() -> None:
+    try:
+        import gguf
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise SmallmError(
+            f"converting needs the package {error.name}: pip install 'smallm[convert]'"
+        ) from None
+    del gguf
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    type: str = "f16",
+    progress: Progress | bool | None = None,
+) -> Path:
+    """Converts a Hugging Face checkpoint into one GGUF file and gives the file's path.
+
+    source: a folder with config.json, safetensors files and tokenizer files.
+    out: the file to write; one that is there is replaced at the end.
+    type: format of the matrices, one of TYPES.  Norms and biases are F32; rows that do not divide
+        into the format's blocks are F16; with the 4- and 5-bit formats the output head is Q8_0.
+    progress: called with (bytes done, bytes in all); None: a bar on a terminal; False: none.
+
+    ModelNotFoundError, CorruptModelError, UnsupportedModelError: a file, key, tensor or value is
+    missing, wrong or unknown, by name.  ValueError: unknown type.  OSError: it cannot be written.
+    Memory: about one tensor in float32.
+    """
+    if type.lower() not in TYPES:
+        raise ValueError(f"type is {type!r}; smallm convert writes {', '.join(TYPES)}")
+    _need()
+    folder, target = Path(source), Path(out)
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder}: no such folder")
+    config = Config(folder / "config.json", read_json(folder / "config.json"))
+    family = find(config)
+    tensors = plan(config, family, open_checkpoint(folder), type.upper())
+    table = next(t for t in tensors if t.name == "token_embd.weight")
+    keys: Keys = {"general.name": folder.resolve().name, "general.type": "model"}
+    for read in family.keys:
+        keys |= {f"{family.arch}.{key}": value for key, value in read(config).items()}
+    keys |= read_tokenizer(folder, config, table.shape[0])
+    with _shown(target.name, progress) as report:
+        _write(target, family.arch, keys, tensors, type.upper(), report)
+    return target
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+def plan(
+    config: Config, family: Family, checkpoint: dict[str, Tensor], type_name: str
+) -> list[Target]:
+    """All tensors of the file.  Every tensor of the checkpoint is used, or dropped by a rule."""
+    sources: dict[str, list[Source]] = {}
+    lookup = _lookup(family, config)
+    tied = config.get("tie_word_embeddings", default=False)
+    for name, tensor in checkpoint.items():
+        if tied and name == "lm_head.weight":
+            continue  # a copy of the embedding table that nobody reads
+        for piece in lookup(name, tensor):
+            sources.setdefault(piece.target, []).append(Source(tensor, piece))
+    if "token_embd.weight" not in sources:
+        raise CorruptModelError(f"{config.path.parent}: no tensor is the embedding table")
+    has_head = "output.weight" in sources
+    targets = []
+    for name, found in sources.items():
+        found.sort(key=lambda s: s.piece.part)
+        if [s.piece.part for s in found] != list(range(len(found))):
+            names = ", ".join(s.tensor.name for s in found[:4])
+            raise CorruptModelError(f"{config.path.parent}: {names} do not add up to one {name}")
+        try:
+            shape = _shape(
+                tuple(s.piece for s in found),
+                tuple((s.tensor.shape, s.tensor.is_float) for s in found),
+            )
+        except ValueError as error:
+            raise CorruptModelError(
+                f"{found[0].tensor.path}: {found[0].tensor.name} has the shape "
+                f"{list(found[0].tensor.shape)}, which does not fit: {error}"
+            ) from None
+        kind, shape = _type_of(name, shape, type_name, has_head, found)
+        targets.append(Target(name, shape, kind, tuple(found)))
+    f32 = _ggml("F32")
+    for name, values in family.extra(config).items():
+        targets.append(Target(name, values.shape, f32, (), values.astype(np.float32)))
+    return sorted(targets, key=lambda t: [int(p) if p.isdigit() else -1 for p in t.name.split(".")])
+
+
+def _lookup(family: Family, config: Config) -> Callable[[str, Tensor], list[Piece]]:
+    """What becomes of a tensor: the family's rules, then the gguf package's names."""
+    import gguf
+
+    arch = next((a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == family.arch), None)
+    if arch is None:
+        raise SmallmError(f"this version of the package gguf does not know {family.arch}")
+    names = gguf.get_tensor_name_map(arch, config.n_layer)
+    rules = [(re.compile(pattern), make) for pattern, make in (*family.rules, *DROPPED)]
+
+    def lookup(name: str, tensor: Tensor) -> list[Piece]:
+        for pattern, make in rules:
+            match = pattern.fullmatch(name)
+            if match is not None:
+                return make(match, config)
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise UnsupportedModelError(
+                f"{tensor.path}: the tensor {name} is not one that {family.arch} has "
+                f"(layers: {config.n_layer})"
+            )
+        return [Piece(target)]
+
+    return lookup
+
+
+@lru_cache(maxsize=256)
+def _shape(
+    pieces: tuple[Piece, ...], inputs: tuple[tuple[tuple[int, ...], bool], ...]
+) -> tuple[int, ...]:
+    """The shape that the pieces give together, from a run on zeros of a byte each."""
+    if len(pieces) == 1 and pieces[0].make is None:
+        return inputs[0][0]
+    zeros = [np.zeros(shape, np.uint8) for shape, _ in inputs]
+    shape: tuple[int, ...] = _assemble(list(pieces), zeros).shape
+    return shape
+
+
+def _ggml(name: str) -> gguf.GGMLQuantizationType:
+    import gguf
+
+    return gguf.GGMLQuantizationType[name]
+
+
+def _type_of(
+    name: str, shape: tuple[int, ...], type_name: str, has_head: bool, sources: list[Source]
+) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...]]:
+    """The type of a tensor, and its shape in values."""
+    import gguf
+
+    fixed = sources[0].piece.type
+    if fixed is not None:
+        kind = _ggml(fixed)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        return kind, (*shape[:-1], shape[-1] // size * block) if block > 1 else shape
+    if len(shape) < 2 or FLOAT32.fullmatch(name):
+        return _ggml("F32"), shape
+    if name == ("output.weight" if has_head else "token_embd.weight") and type_name[:2] in (
+        "Q4",
+        "Q5",
+    ):
+        type_name = "Q8_0"  # every answer passes here
+    kind = _ggml(type_name)
+    if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
+        kind = _ggml("F16")
+    return kind, shape
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def _kind(value: Any) -> tuple[Any, Any, Any]:
+    """Value, kind and kind of elements, as llama.cpp's files have them."""
+    from gguf import GGUFValueType as Kind
+
+    if isinstance(value, np.ndarray):
+        kinds = {"i": Kind.INT32, "f": Kind.FLOAT32, "b": Kind.BOOL}
+        return value.tolist(), Kind.ARRAY, kinds[value.dtype.kind]
+    if isinstance(value, (list, tuple)):
+        return list(value), Kind.ARRAY, _kind(value[0])[1]
+    if isinstance(value, bool):
+        return value, Kind.BOOL, None
+    if isinstance(value, int):
+        return value, Kind.UINT32 if value >= 0 else Kind.INT32, None
+    return value, Kind.FLOAT32 if isinstance(value, float) else Kind.STRING, None
+
+
+def _encode(values: Array, target: Target) -> Array:
+    """The bytes of some rows in the type of `target`."""
+    import gguf
+
+    if values.dtype == np.uint8:
+        return values
+    name = f"{target.sources[0].tensor.name} (for {target.name})" if target.sources else target.name
+    if not np.isfinite(values).all():
+        raise CorruptModelError(f"{name}: a value is infinite or not a number")
+    if target.type.name == "F16":
+        worst = float(np.abs(values).max(initial=0))
+        if worst > 65504:
+            raise UnsupportedModelError(
+                f"{name}: the value {worst:g} is beyond float16's 65504; take bf16, f32 or q8_0"
+            )
+    return gguf.quants.quantize(np.ascontiguousarray(values, np.float32), target.type)
+
+
+def _write(
+    path: Path, arch: str, keys: Keys, targets: list[Target], type_name: str, report: Progress
+) -> None:
+    import gguf
+
+    name = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    writer = gguf.GGUFWriter(name, arch)
+    try:
+        for key, value in keys.items():
+            value, kind, sub = _kind(value)
+            writer.add_key_value(key, value, kind, sub_type=sub)
+        writer.add_file_type(_file_type(type_name))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for t in targets:
+            writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, t.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        done, total = 0, sum(t.n_bytes for t in targets)
+        for t in targets:
+            begin = file.tell()
+            for block in t.blocks():
+                _encode(block, t).tofile(file)
+                report(done + file.tell() - begin, total)
+            if file.tell() - begin != t.n_bytes:
+                raise CorruptModelError(f"{t.name}: {file.tell() - begin} bytes, not {t.n_bytes}")
+            done += t.n_bytes
+            writer.write_padding(file, t.n_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+        writer.close()
+        os.replace(name, path)
+    except BaseException:
+        if writer.fout is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _file_type(type_name: str) -> int:
+    import gguf
+
+    kinds = gguf.LlamaFileType
+    return int(kinds["ALL_F32"] if type_name == "F32" else kinds[f"MOSTLY_{type_name}"])

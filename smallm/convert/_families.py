@@ -1,0 +1,233 @@
+"""The families of models that can be converted, one row each.
+
+To add one:
+
+1. a `Family` with the name that general.architecture has in llama.cpp's files and the class names
+   that config.json's "architectures" may hold;
+2. `keys`: functions from the config to GGUF keys (without the architecture's prefix).  `base` has
+   what every decoder has; add `rms_norm` or `layer_norm`, `rope`, and a function of your own;
+3. `expect`: values of the config that the graph takes for granted.  Everything that changes the
+   mathematics and has no key belongs here, so that another value is refused by name;
+4. `rules`: tensors that need more than a new name.  A rule is a pattern of the whole name in the
+   checkpoint and a function from the match and the config to `Piece`s: what goes where.  No pieces
+   drop the tensor.  All other names are looked up in the gguf package's map of the architecture;
+5. a golden (tests/golden/cases), which converts a folder of it and compares logits.
+
+Nothing here reads weights or writes files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._errors import CorruptModelError, UnsupportedModelError
+from ._config import Config
+
+Array = np.ndarray[Any, Any]
+Keys = dict[str, Any]
+
+
+class Piece(NamedTuple):
+    """What one tensor of the checkpoint gives to one tensor of the file.
+
+    make: from the tensor (float32, or integers as they are) to the piece; None: as it is.
+    part, join: where a target has several pieces, `join` gets them ordered by part; the parts must
+        be 0, 1, ... without gaps.
+    type: the name of a GGML type that the target has whatever was asked for; with an array of
+        uint8 from `make`, its bytes.
+    """
+
+    target: str
+    make: Callable[[Array], Array] | None = None
+    part: int = 0
+    join: Callable[[list[Array]], Array] = np.stack
+    type: str | None = None
+
+
+Rule = tuple[str, Callable[[re.Match[str], Config], list[Piece]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    arch: str
+    models: tuple[str, ...]
+    keys: tuple[Callable[[Config], Keys], ...]
+    expect: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    # Tensors that the file has and the checkpoint has not: name -> float32 values.
+    extra: Callable[[Config], Mapping[str, Array]] = lambda config: {}
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+
+def base(c: Config) -> Keys:
+    keys = {
+        "vocab_size": c.integer("vocab_size"),
+        "context_length": c.integer(
+            "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"
+        ),
+        "embedding_length": c.integer("hidden_size", "n_embd", "d_model"),
+        "block_count": c.n_layer,
+        "attention.head_count": c.n_head,
+        "attention.head_count_kv": c.n_head_kv,
+    }
+    if c.get("head_dim") is not None:
+        keys |= {"attention.key_length": c.head, "attention.value_length": c.head}
+    return keys
+
+
+def ffn(c: Config) -> Keys:
+    return {"feed_forward_length": c.integer("intermediate_size", "n_inner")}
+
+
+def rms_norm(c: Config) -> Keys:
+    return {"attention.layer_norm_rms_epsilon": c.number("rms_norm_eps", default=1e-6)}
+
+
+def layer_norm(c: Config) -> Keys:
+    names = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+    return {"attention.layer_norm_epsilon": c.number(*names, default=1e-5)}
+
+
+def sliding_window(c: Config) -> Keys:
+    """For models whose every layer has it."""
+    window = c.get("sliding_window")
+    return {} if window is None else {"attention.sliding_window": window}
+
+
+def rope_parameters(c: Config) -> dict[str, Any]:
+    """rope_parameters as `transformers` 5 writes them, also of configs from before: rope_type,
+    rope_theta, partial_rotary_factor and what the type needs."""
+    new = c.get("rope_parameters")
+    if new is not None:
+        return {**new, "rope_type": new.get("rope_type", "default")}
+    old = c.get("rope_scaling", default={})
+    rope_type = old.get("rope_type", old.get("type", "default"))
+    theta = c.number("rope_theta", "rotary_emb_base", default=10000.0)
+    parameters = {**old, "rope_type": rope_type, "rope_theta": theta}
+    if c.get("partial_rotary_factor", "rotary_pct") is not None:
+        parameters["partial_rotary_factor"] = c.number("partial_rotary_factor", "rotary_pct")
+    return parameters
+
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def rope(c: Config) -> Keys:
+    """Base, turned dimensions and scaling.  llama3's factors are a tensor: see `rope_factors`."""
+    parameters = rope_parameters(c)
+    kind = parameters["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f'{c.path}: the rope scaling is "{kind}"; this version takes {", ".join(ROPE_TYPES)}'
+        )
+    share = parameters.get("partial_rotary_factor", 1.0)
+    keys: Keys = {
+        "rope.dimension_count": int(c.head * share),
+        "rope.freq_base": float(parameters.get("rope_theta", 10000.0)),
+    }
+    if kind == "linear":
+        keys |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": float(parameters["factor"]),
+        }
+    return keys
+
+
+def rope_factors(c: Config) -> dict[str, Array]:
+    """rope_freqs.weight [n_rot / 2] of the llama3 scaling: what each pair's frequency is divided
+    by.  Wave lengths up to the original context / high_freq_factor stay, those from the original
+    context / low_freq_factor are stretched by `factor`, and between them 1 / factor is blended."""
+    p = rope_parameters(c)
+    if p["rope_type"] != "llama3":
+        return {}
+    names = (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    )
+    missing = [name for name in names if not isinstance(p.get(name), (int, float))]
+    if missing:
+        raise CorruptModelError(f"{c.path}: the rope scaling llama3 has no {missing[0]}")
+    factor, low, high, context = (float(p[name]) for name in names)
+    n_rot = int(c.head * p.get("partial_rotary_factor", 1.0))
+    frequency = float(p.get("rope_theta", 10000.0)) ** -(np.arange(0, n_rot, 2) / n_rot)
+    wave = 2 * math.pi / frequency
+    smooth = np.clip((context / wave - low) / (high - low), 0, 1)
+    factors = 1 / ((1 - smooth) / factor + smooth)
+    return {"rope_freqs.weight": factors.astype(np.float32)}
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+def pairs(n_head: int) -> Callable[[Array], Array]:
+    """The rows of each head, (first half, second half), so that partners in rope are neighbours."""
+
+    def make(x: Array) -> Array:
+        halves: Array = x.reshape(n_head, 2, -1, *x.shape[1:])
+        rows: Array = halves.swapaxes(1, 2).reshape(x.shape)
+        return rows
+
+    return make
+
+
+def paired_queries(m: re.Match[str], c: Config) -> list[Piece]:
+    layer, which, kind = m.groups()
+    n_head = c.n_head if which == "q" else c.n_head_kv
+    return [Piece(f"blk.{layer}.attn_{which}.{kind}", pairs(n_head))]
+
+
+DROPPED: Iterable[Rule] = (
+    # Tables that old checkpoints stored and every implementation computes.
+    (r".*\.rotary_emb\.inv_freq", lambda m, c: []),
+    (r".*\.attn\.(?:bias|masked_bias)", lambda m, c: []),
+    (r".*\.attention\.(?:bias|masked_bias)", lambda m, c: []),
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "llama",
+        ("LlamaForCausalLM", "MistralForCausalLM"),
+        (base, ffn, rms_norm, rope, sliding_window),
+        expect={"hidden_act": ("silu",)},
+        rules=((r"model\.layers\.(\d+)\.self_attn\.([qk])_proj\.(weight|bias)", paired_queries),),
+        extra=rope_factors,
+    ),
+    Family(
+        "qwen2",
+        ("Qwen2ForCausalLM",),
+        (base, ffn, rms_norm, rope),
+        expect={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+    ),
+    Family(
+        "phi2",
+        ("PhiForCausalLM",),
+        (base, ffn, layer_norm, rope),
+        expect={"hidden_act": ("gelu_new",), "qk_layernorm": (False,)},
+    ),
+)
+
+
+def find(c: Config) -> Family:
+    """The row for a config.  UnsupportedModelError lists those there are."""
+    rows = {model: family for family in FAMILIES for model in family.models}
+    wanted = c.get("architectures", default=[])
+    for model in wanted:
+        if model in rows:
+            family = rows[model]
+            for name, allowed in family.expect.items():
+                if c.get(name) is not None and c.get(name) not in allowed:
+                    raise c.refuse(name, allowed)
+            return family
+    raise UnsupportedModelError(
+        f"{c.path}: architectures is {wanted!r}; this version converts {', '.join(rows)}"
+    )

@@ -1,0 +1,173 @@
+"""Golden models without weights: folders built from a description, and what they must answer.
+
+tests/golden holds, per case, NAME.json and NAME.npz, both written by golden/make.py:
+
+    NAME.json   architecture    the row of csrc/arch.c
+                config          config.json, as `transformers` writes it
+                tensors         name -> [shape, mean, deviation], as in a checkpoint
+                tokenizer       which of this module's tokenizers the folder gets
+                subtle          broken steps that differ by little
+    NAME.npz    ids [n]                 the text
+                rows [n_rows]           positions whose logits were kept
+                logits [n_rows, n_vocab]    float32, computed in float64
+                broken: STEP [n_broken, n_vocab]   the last positions with one step left out or
+                                        done in another way: what a wrong row would answer
+
+Weights are a function of case, name and shape, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import safetensors.numpy
+import tiny
+from tiny import KV, Tensor
+
+HERE = Path(__file__).resolve().parent / "golden"
+N_MERGES = 40
+
+
+def names(kind: str = "decoder") -> list[str]:
+    """The goldens of a kind, in alphabetical order."""
+    found = [path for path in HERE.glob("*.json") if json.loads(path.read_text())["kind"] == kind]
+    return sorted(path.stem for path in found)
+
+
+def weights(case: str, name: str, shape: list[int], mean: float, deviation: float) -> np.ndarray:
+    """float16 [shape]: sums of four 16-bit numbers from PCG64, which are nearly normal."""
+    seed = int.from_bytes(hashlib.sha256(f"{case}/{name}".encode()).digest()[:16], "little")
+    raw = np.random.PCG64(seed).random_raw(int(np.prod(shape, dtype=np.int64)))
+    parts = raw.reshape(-1, 1).view(np.uint16).astype(np.float64).sum(1)
+    normal = (parts - 2 * 65535) / (65536 / 3**0.5)
+    return (mean + deviation * normal).astype(np.float16).reshape(shape)
+
+
+def write_folder(spec: dict[str, Any], case: str, folder: Path) -> Path:
+    """A Hugging Face folder of the case."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(spec["config"], indent=2), encoding="utf-8")
+    tensors = {name: weights(case, name, *what) for name, what in spec["tensors"].items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for name, text in TOKENIZERS[spec["tokenizer"]]().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+
+def byte_level() -> dict[str, str]:
+    """tiny.py's byte-level vocabulary with its first merges only: 300 tokens, gpt-2's words."""
+    keys = tiny.bpe_tokenizer("gpt-2")
+    n = 4 + 256 + N_MERGES
+    tokens, types = keys["tokenizer.ggml.tokens"][:n], keys["tokenizer.ggml.token_type"].value[:n]
+    special = [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for i, (token, type_) in enumerate(zip(tokens, types, strict=True))
+        if type_ == tiny.CONTROL
+    ]
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": words | {"use_regex": True},
+        "post_processor": None,
+        "decoder": words | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [m.split(" ") for m in keys["tokenizer.ggml.merges"][:N_MERGES]],
+        },
+    }
+    options = {
+        "bos_token": tokens[1],
+        "eos_token": tokens[2],
+        "pad_token": tokens[3],
+        "chat_template": tiny.CHATML,
+    }
+    return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(options)}
+
+
+TOKENIZERS: dict[str, Callable[[], dict[str, str]]] = {"byte-level": byte_level}
+N_VOCAB = 4 + 256 + N_MERGES  # of the byte-level one
+
+
+# ---- what a test reads ---------------------------------------------------------------------------
+
+
+class Golden:
+    """One golden, its folder converted by smallm to F32."""
+
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        """folder: where to build and convert it; None: only what is committed."""
+        self.name = name
+        self.spec: dict[str, Any] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+        self.arch: str = self.spec["architecture"]
+        arrays = dict(np.load(HERE / f"{name}.npz"))
+        self.ids = [int(i) for i in arrays["ids"]]
+        self.rows, self.logits = arrays["rows"], arrays["logits"]
+        self.broken = {k.split(": ")[1]: v for k, v in arrays.items() if k.startswith("broken: ")}
+        if folder is not None:
+            from smallm.convert import convert
+
+            self.folder = write_folder(self.spec, name, folder / name)
+            self.path = convert(self.folder, folder / f"{name}.gguf", type="f32", progress=False)
+
+    def error(self, got: np.ndarray) -> float:
+        """Largest distance of logits [n_ids, n_vocab] from the expected, in deviations."""
+        return float(np.abs(got[self.rows] - self.logits).max() / self.logits.std())
+
+    def read(self) -> tuple[dict[str, KV], dict[str, Tensor]]:
+        """Keys and tensors of the file, to be changed and written again."""
+        reader = gguf.GGUFReader(self.path)
+        keys = {
+            name: KV(f.types[0], f.contents(), f.types[-1] if len(f.types) > 1 else None)
+            for name, f in reader.fields.items()
+            if not name.startswith("GGUF.") and name != "general.architecture"
+        }
+        tensors = {
+            t.name: Tensor(t.tensor_type, tuple(int(n) for n in t.shape[::-1]), t.data.copy())
+            for t in reader.tensors
+        }
+        return keys, tensors
+
+    def change(
+        self,
+        path: Path,
+        *,
+        keys: dict[str, Any] | None = None,
+        edit: Callable[[dict[str, Tensor]], object] | None = None,
+    ) -> Path:
+        """The file with other keys (None drops one) and tensors."""
+        kvs, tensors = self.read()
+        for key, value in (keys or {}).items():
+            kvs.pop(f"{self.arch}.{key}", None)
+            if value is not None:
+                kvs[f"{self.arch}.{key}"] = tiny.as_kv(value)
+        if edit is not None:
+            edit(tensors)
+        tiny._write(path, self.arch, kvs, tensors)
+        return path
