@@ -25,7 +25,8 @@ struct sm_pretok {
 /* ---- parts of matchers ---------------------------------------------------------------------- */
 
 #define BIT(class) (1u << (class))
-#define WORD (BIT(SM_CHAR_LETTER) | BIT(SM_CHAR_NUMBER))
+#define LETTER (BIT(SM_CHAR_UPPER) | BIT(SM_CHAR_LOWER) | BIT(SM_CHAR_LETTER))
+#define WORD (LETTER | BIT(SM_CHAR_NUMBER))
 #define NOT_SYMBOL (WORD | BIT(SM_CHAR_SPACE)) /* [^\s\p{L}\p{N}] is what these are not */
 
 static enum sm_char_class class_at(const uint8_t *s, size_t i, size_t *length) {
@@ -110,7 +111,9 @@ static size_t match_gpt2(const uint8_t *s, size_t i, size_t n) {
     size_t length, at = i + (s[i] == ' ' && i + 1 < n);
     enum sm_char_class class = class_at(s, at, &length);
     if (class == SM_CHAR_SPACE) return white_space(s, i, n, false);
-    return run(s, at + length, n, BIT(class) & WORD ? BIT(class) : ~NOT_SYMBOL);
+    return run(s, at + length, n, BIT(class) & LETTER       ? LETTER
+                                  : class == SM_CHAR_NUMBER ? BIT(SM_CHAR_NUMBER)
+                                                            : ~NOT_SYMBOL);
 }
 
 /* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,D}| ?[^\s\p{L}\p{N}]+[\r\n]*|
@@ -120,14 +123,14 @@ static size_t words(const uint8_t *s, size_t i, size_t n, int max_digits) {
     if (end > i) return end;
     size_t length;
     enum sm_char_class class = class_at(s, i, &length);
-    if (class == SM_CHAR_LETTER) return run(s, i + length, n, BIT(SM_CHAR_LETTER));
+    if (BIT(class) & LETTER) return run(s, i + length, n, LETTER);
     if (class == SM_CHAR_NUMBER) {
         for (end = i; max_digits > 0 && class_in(s, end, n, BIT(SM_CHAR_NUMBER)); max_digits--)
             end += sm_utf8_length(s[end]);
         return end;
     }
-    if (!is_newline(s[i]) && class_in(s, i + length, n, BIT(SM_CHAR_LETTER)))
-        return run(s, i + length, n, BIT(SM_CHAR_LETTER));
+    if (!is_newline(s[i]) && class_in(s, i + length, n, LETTER))
+        return run(s, i + length, n, LETTER);
     size_t at = i + (s[i] == ' ');
     end = run(s, at, n, ~NOT_SYMBOL);
     if (end == at) return white_space(s, i, n, true);
@@ -198,7 +201,7 @@ static size_t match_trailing_space(const uint8_t *s, size_t i, size_t n) {
     return run(s, i, n, BIT(SM_CHAR_SPACE)) == n ? n : i;
 }
 
-static bool is_letter(uint32_t c) { return sm_char_class(c) == SM_CHAR_LETTER; }
+static bool is_letter(uint32_t c) { return (BIT(sm_char_class(c)) & LETTER) != 0; }
 static bool is_punctuation(uint32_t c) { return sm_char_class(c) == SM_CHAR_PUNCTUATION; }
 
 /* The letters with case that deepseek-llm's expression lists one by one. */

@@ -1,12 +1,14 @@
-/* Text <-> token ids: byte-level BPE and SentencePiece BPE, as the GGUF file describes them.
+/* Text <-> token ids: byte-level BPE, SentencePiece BPE, WordPiece and Unigram, as the GGUF file
+ * describes them.
  *
  * Immutable once made; any thread may use it.  No input costs more than n log n.
- * pretok.c splits text before byte-level BPE (one table row per pre-tokenizer); unicode.c holds the
- * generated character tables. */
+ * tokenizer/ holds the vocabulary and a file for each kind of model; pretok.c splits text before
+ * byte-level BPE (one table row per pre-tokenizer). */
 #ifndef SM_TOKENIZER_H
 #define SM_TOKENIZER_H
 
 #include "gguf.h"
+#include "utf8.h"
 
 struct sm_tokenizer;
 
@@ -36,20 +38,10 @@ bool sm_tokenizer_is_eog(const struct sm_tokenizer *t, int32_t id); /* ends a ge
 bool sm_tokenizer_is_control(const struct sm_tokenizer *t, int32_t id);
 
 struct sm_tokenizer_info {
-    const char *model, *pre;         /* "gpt2" / "llama"; the pre-tokenizer's row name or "" */
+    const char *model, *pre;         /* tokenizer.ggml.model; the pre-tokenizer's row name or "" */
     int32_t bos, eos, eot;           /* -1: none */
     bool add_bos, add_eos;
 };
 void sm_tokenizer_get_info(const struct sm_tokenizer *t, struct sm_tokenizer_info *out);
-
-/* ---- streaming text (utf8.c part of tokenizer.c): never half a character ------------------- */
-
-/* Length of the longest prefix of s[0..n) that does not end inside a UTF-8 character which more
- * bytes could still complete.  Bytes that can never become valid count as complete. */
-size_t sm_utf8_complete(const char *s, size_t n);
-
-/* Copies s[0..n) to out, replacing each maximal invalid part by U+FFFD (3 bytes); out may be NULL
- * (only counts).  Returns the bytes needed: at most 3 n. */
-size_t sm_utf8_clean(const char *s, size_t n, char *out);
 
 #endif

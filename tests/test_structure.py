@@ -29,7 +29,8 @@ MAY_INCLUDE = {
     "gguf": {"os", "quants"},
     "unicode": set(),
     "pretok": {"unicode"},
-    "tokenizer": {"gguf", "unicode", "pretok"},
+    "utf8": {"unicode"},
+    "tokenizer": {"gguf", "unicode", "utf8", "pretok"},
     "arch": {"gguf", "kernels"},
     "model": {
         "tensors",

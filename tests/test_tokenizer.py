@@ -267,6 +267,88 @@ def test_real_sentencepiece(load: Callable[..., Any]) -> None:
         check_sentencepiece(model, oracle)
 
 
+# ---- WordPiece -----------------------------------------------------------------------------------
+
+bert_words = st.lists(st.one_of(fragments, words, characters, runs), max_size=24).map(
+    lambda parts: "".join(c for c in "".join(parts) if reference.agreed_by_bert(c))
+)
+NORMALIZERS = [(True, None), (False, None), (True, False), (False, True)]
+
+
+@pytest.mark.parametrize(("lowercase", "strip"), NORMALIZERS)
+def test_wordpiece_ids(load: Callable[..., Any], lowercase: bool, strip: bool | None) -> None:
+    oracle, keys = reference.trained_wordpiece(lowercase=lowercase, strip_accents=strip)
+    model = load(f"wordpiece {lowercase} {strip}", keys)
+    cls, sep = (oracle.token_to_id(text) for text in ("[CLS]", "[SEP]"))
+
+    def compare(text: str) -> None:
+        text = "".join(c for c in text if reference.agreed_by_bert(c))
+        oracle.encode_special_tokens = True
+        ids = model.tokenize(text, add_special=False)
+        assert ids == oracle.encode(text).ids
+        assert model.tokenize(text) == [cls, *ids, sep]
+        assert model.detokenize(ids) == oracle.decode(ids)
+        assert model.detokenize([cls, *ids, sep]) == oracle.decode(ids)
+
+    for text in reference.pairs():
+        compare(text)
+
+    @SETTINGS
+    @given(bert_words)
+    def check(text: str) -> None:
+        compare(text)
+
+    check()
+
+
+def test_wordpiece_characters(load: Callable[..., Any]) -> None:
+    """Every character that the reference's tables and Python's agree on, between two letters."""
+    for lowercase, strip in NORMALIZERS:
+        oracle, keys = reference.trained_wordpiece(lowercase=lowercase, strip_accents=strip)
+        model = load(f"wordpiece {lowercase} {strip}", keys)
+        every = [chr(c) for c in range(0x20000) if not 0xD800 <= c < 0xE000]
+        some = every if lowercase else every[:0x3000]
+        text = " ".join(f"a{c}e" for c in some if reference.agreed_by_bert(c))
+        assert model.tokenize(text, add_special=False) == oracle.encode(text).ids
+
+
+def test_wordpiece_special(load: Callable[..., Any]) -> None:
+    oracle, keys = reference.trained_wordpiece(user=("<tool>", "Straße"))
+    model = load("wordpiece special", keys)
+    parts = st.sampled_from([*reference.WORDPIECE_SPECIAL, "<tool>", "Straße", "[", " ", "The"])
+
+    @SETTINGS
+    @given(st.lists(st.one_of(parts, words)).map("".join))
+    def check(text: str) -> None:
+        for special in (True, False):
+            oracle.encode_special_tokens = not special
+            ids = model.tokenize(text, add_special=False, parse_special=special)
+            assert ids == oracle.encode(text).ids
+
+    check()
+
+
+def test_wordpiece_long_words(load: Callable[..., Any]) -> None:
+    """Words of more than 100 characters are unknown, whatever they hold."""
+    oracle, keys = reference.trained_wordpiece()
+    model = load("wordpiece", keys)
+    for text in ("a" * 100, "a" * 101, "\xe9" * 101, "x" * 1_000_000, "\uac00" * 34 + " a"):
+        assert model.tokenize(text, add_special=False) == oracle.encode(text).ids
+
+
+def test_wordpiece_without_its_special_tokens(tmp_path: Path) -> None:
+    keys = dict(reference.trained_wordpiece()[1])
+    for key, match in (
+        ("unknown_token_id", "unknown_token_id"),
+        ("token_type", "token_type is missing"),
+    ):
+        less = {k: v for k, v in keys.items() if k != "tokenizer.ggml." + key}
+        refuse(tmp_path, smallm.CorruptModelError, match, less)
+    less = {**keys, "tokenizer.ggml.add_bos_token": True}
+    del less["tokenizer.ggml.bos_token_id"]
+    refuse(tmp_path, smallm.CorruptModelError, "bos_token_id is missing", less)
+
+
 # ---- what generating makes of tokens -------------------------------------------------------------
 
 
@@ -495,6 +577,6 @@ def test_missing_keys_are_refused(tmp_path: Path, key: str) -> None:
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     keys = reference.trained_byte_level("gpt-2")[1]
-    for key, match in (("model", "gpt2, llama"), ("pre", "gpt-2, .*qwen2")):
+    for key, match in (("model", "gpt2, llama, bert"), ("pre", "gpt-2, .*qwen2")):
         changed = {**keys, "tokenizer.ggml." + key: "klingon"}
         refuse(tmp_path, smallm.UnsupportedModelError, f"klingon.*{match}", changed)

@@ -20,7 +20,16 @@ from typing import Any
 import sentencepiece as spm
 from gguf import GGUFReader, GGUFValueType
 from tiny import KV, byte_symbols
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -283,6 +292,89 @@ def encodable(tokens: Iterable[str]) -> frozenset[int]:
     """Bytes that a byte-level vocabulary has a token for."""
     present = set(tokens)
     return frozenset(b for b, symbol in enumerate(byte_symbols()) if symbol in present)
+
+
+# ---- WordPiece -----------------------------------------------------------------------------------
+
+WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@cache
+def agreed_by_bert(c: str) -> bool:
+    """Whether the reference's normalizer does to this character what Unicode's tables here say."""
+    category = unicodedata.category(c)
+    if c == "\U0001171e":  # Mc in Unicode 14, Mn in 16
+        return False
+    for lowercase in (True, False):
+        for strip in (True, False):
+            step = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip)
+            want = c
+            if c not in "\t\n\r" and (category[0] == "C" or c == "\ufffd"):
+                want = ""
+            elif c.isspace():
+                want = " "
+            elif step.normalize_str(c)[:1] == " ":
+                want = f" {c} "  # an ideograph
+            if strip:
+                parts = unicodedata.normalize("NFD", want)
+                want = "".join(p for p in parts if unicodedata.category(p) != "Mn")
+            if lowercase:
+                want = "".join(p.lower() for p in want)
+            if step.normalize_str(c) != want:
+                return False
+    return agreed(c)
+
+
+@lru_cache
+def trained_wordpiece(
+    n_vocab: int = 1500,
+    *,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+    user: tuple[str, ...] = (),
+) -> tuple[Tokenizer, dict[str, Any]]:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=n_vocab,
+        special_tokens=list(WORDPIECE_SPECIAL),
+        limit_alphabet=300,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in user])
+    return tokenizer, wordpiece_keys(tokenizer, lowercase, strip_accents)
+
+
+def wordpiece_keys(
+    tokenizer: Tokenizer, lowercase: bool = True, strip_accents: bool | None = None
+) -> dict[str, Any]:
+    """The GGUF keys as llama.cpp's converter writes them: a mark before what begins a word."""
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    tokens, types = [""] * len(vocab), [NORMAL] * len(vocab)
+    for i, added in tokenizer.get_added_tokens_decoder().items():
+        types[i] = CONTROL if added.special else USER_DEFINED
+    for text, i in vocab.items():
+        if types[i] != NORMAL:
+            tokens[i] = text
+        else:
+            tokens[i] = text[2:] if text.startswith("##") else "\u2581" + text
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": KV(GGUFValueType.ARRAY, types, GGUFValueType.INT32),
+        "tokenizer.ggml.normalizer.lowercase": lowercase,
+        "tokenizer.ggml.bos_token_id": vocab["[CLS]"],
+        "tokenizer.ggml.seperator_token_id": vocab["[SEP]"],
+        "tokenizer.ggml.unknown_token_id": vocab["[UNK]"],
+    }
+    if strip_accents is not None:
+        keys["tokenizer.ggml.normalizer.strip_accents"] = strip_accents
+    return keys
 
 
 # ---- SentencePiece -------------------------------------------------------------------------------
