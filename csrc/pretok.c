@@ -26,6 +26,7 @@ struct sm_pretok {
 
 #define BIT(class) (1u << (class))
 #define LETTER (BIT(SM_CHAR_UPPER) | BIT(SM_CHAR_LOWER) | BIT(SM_CHAR_LETTER))
+#define MARK (BIT(SM_CHAR_NONSPACING_MARK) | BIT(SM_CHAR_MARK))
 #define WORD (LETTER | BIT(SM_CHAR_NUMBER))
 #define NOT_SYMBOL (WORD | BIT(SM_CHAR_SPACE)) /* [^\s\p{L}\p{N}] is what these are not */
 
@@ -76,6 +77,12 @@ static size_t white_space(const uint8_t *s, size_t i, size_t n, bool newlines) {
     return end < n && last > i ? last : end;
 }
 
+/* \p{N}{1,D} */
+static size_t digits(const uint8_t *s, size_t i, size_t n, int max) {
+    for (; max > 0 && class_in(s, i, n, BIT(SM_CHAR_NUMBER)); max--) i += sm_utf8_length(s[i]);
+    return i;
+}
+
 /* \s?X+ where X are the characters that `in` accepts. */
 static size_t spaced_run(const uint8_t *s, size_t i, size_t n, bool (*in)(uint32_t c)) {
     size_t length, at = i;
@@ -116,30 +123,116 @@ static size_t match_gpt2(const uint8_t *s, size_t i, size_t n) {
                                                             : ~NOT_SYMBOL);
 }
 
-/* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,D}| ?[^\s\p{L}\p{N}]+[\r\n]*|
- * \s*[\r\n]+|\s+(?!\S)|\s+ */
-static size_t words(const uint8_t *s, size_t i, size_t n, int max_digits) {
+/* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?W+|\p{N}{1,D}| ?[^\s\p{N}W]+[\r\n]*|
+ * \s*[\r\n]+|\s+(?!\S)|\s+ where W are letters, or letters and marks. */
+static size_t words(const uint8_t *s, size_t i, size_t n, unsigned word, int max_digits) {
     size_t end = contraction(s, i, n, true);
     if (end > i) return end;
     size_t length;
     enum sm_char_class class = class_at(s, i, &length);
-    if (BIT(class) & LETTER) return run(s, i + length, n, LETTER);
-    if (class == SM_CHAR_NUMBER) {
-        for (end = i; max_digits > 0 && class_in(s, end, n, BIT(SM_CHAR_NUMBER)); max_digits--)
-            end += sm_utf8_length(s[end]);
-        return end;
-    }
-    if (!is_newline(s[i]) && class_in(s, i + length, n, LETTER))
-        return run(s, i + length, n, LETTER);
+    if (BIT(class) & word) return run(s, i + length, n, word);
+    if (class == SM_CHAR_NUMBER) return digits(s, i, n, max_digits);
+    if (!is_newline(s[i]) && class_in(s, i + length, n, word))
+        return run(s, i + length, n, word);
     size_t at = i + (s[i] == ' ');
-    end = run(s, at, n, ~NOT_SYMBOL);
+    end = run(s, at, n, ~(NOT_SYMBOL | word));
     if (end == at) return white_space(s, i, n, true);
     while (end < n && is_newline(s[end])) end++;
     return end;
 }
 
-static size_t match_llama3(const uint8_t *s, size_t i, size_t n) { return words(s, i, n, 3); }
-static size_t match_qwen2(const uint8_t *s, size_t i, size_t n) { return words(s, i, n, 1); }
+static size_t match_llama3(const uint8_t *s, size_t i, size_t n) {
+    return words(s, i, n, LETTER, 3);
+}
+static size_t match_qwen2(const uint8_t *s, size_t i, size_t n) {
+    return words(s, i, n, LETTER, 1);
+}
+static size_t match_qwen35(const uint8_t *s, size_t i, size_t n) {
+    return words(s, i, n, LETTER | MARK, 1);
+}
+
+/* Words of an upper and a lower part, [UO]*[LO]+ or else [UO]+[LO]*, where U is \p{Lu}\p{Lt}, L is
+ * \p{Ll} and O, which may be in either part, is \p{Lm}\p{Lo}\p{M}.  The first wants something in its
+ * lower part: where no \p{Ll} follows the run of [UO] that is the last O in it. */
+#define EITHER (BIT(SM_CHAR_LETTER) | MARK)
+#define UPPER (BIT(SM_CHAR_UPPER) | EITHER)
+#define LOWER (BIT(SM_CHAR_LOWER) | EITHER)
+
+static size_t lower_ended(const uint8_t *s, size_t i, size_t n) {
+    size_t last = i, length;
+    while (i < n) {
+        enum sm_char_class class = class_at(s, i, &length);
+        if (class == SM_CHAR_LOWER) return run(s, i, n, LOWER);
+        if (!(BIT(class) & UPPER)) break;
+        i += length;
+        if (BIT(class) & EITHER) last = i;
+    }
+    return last;
+}
+
+/* [^\r\n\p{L}\p{N}]?[UO]*[LO]+C|[^\r\n\p{L}\p{N}]?[UO]+[LO]*C|\p{N}{1,D}| ?[^\s\p{L}\p{N}]+[\r\n/]*|
+ * \s*[\r\n]+|\s+(?!\S)|\s+ where C is (?i:'s|'t|'re|'ve|'m|'ll|'d)? or nothing. */
+static size_t cased_words(const uint8_t *s, size_t i, size_t n, int max_digits, bool contractions) {
+    size_t length;
+    enum sm_char_class class = class_at(s, i, &length);
+    if (class == SM_CHAR_NUMBER) return digits(s, i, n, max_digits);
+    size_t starts[2], n_starts = 0, end; /* of words: after a character before them, and here */
+    if (!is_newline(s[i]) && !(BIT(class) & LETTER)) starts[n_starts++] = i + length;
+    if (BIT(class) & (LETTER | MARK)) starts[n_starts++] = i;
+    for (size_t k = 0; k < 2 * n_starts; k++) {
+        size_t start = starts[k % n_starts];
+        end = k < n_starts ? lower_ended(s, start, n) : run(s, start, n, UPPER);
+        if (end > start) return contractions && end < n ? contraction(s, end, n, true) : end;
+    }
+    size_t at = i + (s[i] == ' ');
+    end = run(s, at, n, ~NOT_SYMBOL);
+    if (end == at) return white_space(s, i, n, true);
+    while (end < n && (is_newline(s[end]) || s[end] == '/')) end++;
+    return end;
+}
+
+static size_t match_gpt4o(const uint8_t *s, size_t i, size_t n) {
+    return cased_words(s, i, n, 3, true);
+}
+static size_t match_tekken(const uint8_t *s, size_t i, size_t n) {
+    return cased_words(s, i, n, 1, false);
+}
+
+/* [!-/:-@[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|
+ * \s*[\r\n]+|\s+(?!\S)|\s+ */
+static size_t match_deepseek3(const uint8_t *s, size_t i, size_t n) {
+    const unsigned symbol = BIT(SM_CHAR_PUNCTUATION) | BIT(SM_CHAR_SYMBOL);
+    size_t length, end = i + 1;
+    enum sm_char_class class = class_at(s, i, &length);
+    if (s[i] < 0x80 && (BIT(class) & symbol)) {
+        while (end < n && lower(s[end]) >= 'a' && lower(s[end]) <= 'z') end++;
+        if (end > i + 1) return end;
+    }
+    if (BIT(class) & (LETTER | MARK)) return run(s, i + length, n, LETTER | MARK);
+    if (!is_newline(s[i]) && !(BIT(class) & symbol) && class_in(s, i + length, n, LETTER | MARK))
+        return run(s, i + length, n, LETTER | MARK);
+    size_t at = i + (s[i] == ' ');
+    end = run(s, at, n, symbol);
+    if (end == at) return white_space(s, i, n, true);
+    while (end < n && is_newline(s[end])) end++;
+    return end;
+}
+
+/* \p{N}{1,3} */
+static size_t match_three_digits(const uint8_t *s, size_t i, size_t n) {
+    return digits(s, i, n, 3);
+}
+
+/* [U+3040-U+30FF U+4E00-U+9FA5]+ */
+static size_t match_kana_or_han(const uint8_t *s, size_t i, size_t n) {
+    while (i < n) {
+        size_t length;
+        uint32_t c = sm_utf8_decode(s + i, &length);
+        if (!(c >= 0x3040 && c <= 0x30FF) && !(c >= 0x4E00 && c <= 0x9FA5)) break;
+        i += length;
+    }
+    return i;
+}
 
 /* \p{N} */
 static size_t match_digit(const uint8_t *s, size_t i, size_t n) {
@@ -263,18 +356,72 @@ static size_t match_asian(const uint8_t *s, size_t i, size_t n) {
 
 /* ---- the rows -------------------------------------------------------------------------------- */
 
-/* falcon's tokenizer takes digits apart only after it has written bytes as characters. */
+/* The names are those of llama.cpp's files, which has one for each hash of a tokenizer's answers: many
+ * are the same.  falcon's tokenizer takes digits apart only after it has written bytes as
+ * characters. */
 static const struct sm_pretok rows[] = {
     {"gpt-2", false, false, {match_gpt2}},
     {"phi-2", false, false, {match_gpt2}},
     {"gpt-neox", false, false, {match_gpt2}},
     {"mpt", false, false, {match_gpt2}},
+    {"olmo", false, false, {match_gpt2}},
+    {"modern-bert", false, false, {match_gpt2}},
+    {"roberta-bpe", false, false, {match_gpt2}},
+    {"jina-v1-en", false, false, {match_gpt2}},
+    {"jina-v2-es", false, false, {match_gpt2}},
+    {"jina-v2-de", false, false, {match_gpt2}},
+    {"jina-v2-code", false, false, {match_gpt2}},
+    {"jina-es", false, false, {match_gpt2}},
+    {"jina-de", false, false, {match_gpt2}},
+    {"exaone4", false, false, {match_gpt2}},
+    {"trillion", false, false, {match_gpt2}},
+    {"granite-docling", false, false, {match_gpt2}},
+    {"gigachat", false, false, {match_gpt2}},
+    {"a.x-4.0", false, false, {match_gpt2}},
+    {"mellum", false, false, {match_gpt2}},
+    {"jais", false, false, {match_gpt2}},
     {"smollm", false, false, {match_digit, match_gpt2}},
     {"starcoder", false, false, {match_digit, match_gpt2}},
     {"refact", false, false, {match_digit, match_gpt2}},
     {"command-r", false, false, {match_digit, match_gpt2}},
+    {"exaone", false, false, {match_digit, match_gpt2}},
+    {"codeshell", false, false, {match_digit, match_gpt2}},
+    {"minerva-7b", false, false, {match_digit, match_gpt2}},
+    {"mellum2", false, false, {match_digit, match_gpt2}},
     {"llama-bpe", true, true, {match_llama3}},
+    {"llama3", true, true, {match_llama3}},
+    {"llama-v3", true, true, {match_llama3}},
+    {"lfm2", true, true, {match_llama3}},
+    {"falcon3", true, true, {match_llama3}},
+    {"falcon-h1", true, true, {match_llama3}},
+    {"pixtral", true, true, {match_llama3}},
+    {"midm-2.0", true, true, {match_llama3}},
+    {"jina-v5-nano", true, true, {match_llama3}},
+    {"minicpm5", true, false, {match_llama3}},
+    {"dbrx", false, false, {match_llama3}},
+    {"smaug-bpe", false, false, {match_llama3}},
+    {"glm4", false, false, {match_llama3}},
+    {"chatglm-bpe", false, false, {match_llama3}},
     {"qwen2", false, false, {match_qwen2}},
+    {"deepseek-r1-qwen", false, false, {match_qwen2}},
+    {"stablelm2", false, false, {match_qwen2}},
+    {"megrez", false, false, {match_qwen2}},
+    {"hunyuan", false, false, {match_qwen2}},
+    {"solar-open", false, false, {match_qwen2}},
+    {"grok-2", false, false, {match_qwen2}},
+    {"kormo", false, false, {match_qwen2}},
+    {"f2llmv2", false, false, {match_qwen2}},
+    {"qwen35", false, false, {match_qwen35}},
+    {"gpt-4o", false, false, {match_gpt4o}},
+    {"llama4", false, false, {match_gpt4o}},
+    {"kanana2", false, false, {match_gpt4o}},
+    {"talkie", false, false, {match_gpt4o}},
+    {"minimax-m2", false, false, {match_gpt4o}},
+    {"tekken", true, true, {match_tekken}},
+    {"deepseek-v3", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
+    {"hunyuan-dense", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
+    {"joyai-llm", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
+    {"hy_v4", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
     {"falcon", false, false, {match_falcon_marks, match_gpt2, match_byte_digits, match_triple}},
     {"default", false, false, {match_default_marks, match_gpt2, match_digits, match_triple}},
     {"deepseek-coder", false, false,

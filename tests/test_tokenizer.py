@@ -98,6 +98,32 @@ def test_byte_level_splits(load: Callable[..., Any], name: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("kind", reference.SAME)
+def test_pre_tokenizers_of_other_names(tmp_path: Path, kind: str) -> None:
+    """Names of one kind split alike, and no row is left out here."""
+    _, keys = reference.trained_byte_level(kind, 3000, crossing=True)
+    text = "".join(reference.pairs()[::7])
+    expected: list[int] = []
+    for name in (kind, *reference.SAME[kind]):
+        path = tmp_path / f"{name}.gguf"
+        write_tiny(path, tokenizer={**keys, "tokenizer.ggml.pre": name}, n_layer=1, n_embd=32)
+        with smallm.load(path) as model:
+            ids = model.tokenize(text, add_special=False)
+            assert ids == (expected or ids), name
+            expected = ids
+
+
+def test_every_pre_tokenizer_is_tested(tmp_path: Path) -> None:
+    keys = {**reference.trained_byte_level("gpt-2")[1], "tokenizer.ggml.pre": "klingon"}
+    path = tmp_path / "klingon.gguf"
+    write_tiny(path, tokenizer=keys, n_layer=1)
+    with pytest.raises(smallm.UnsupportedModelError) as caught:
+        smallm.load(path)
+    known = str(caught.value).split("known are ")[1].split(", ")
+    tested = {*reference.PRE_TOKENIZERS, *(n for same in reference.SAME.values() for n in same)}
+    assert sorted(known) == sorted(tested)
+
+
 special_parts = st.sampled_from([*SPECIAL, *USER, "<", "|", "im_start", " ", "\n"])
 special_texts = st.lists(st.one_of(special_parts, words), max_size=24).map("".join)
 

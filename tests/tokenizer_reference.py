@@ -41,6 +41,20 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MORE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_WORD = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+GPT4O = rf"{_WORD[0]}{_MORE}|{_WORD[1]}{_MORE}|\p{{N}}{{1,3}}{_REST}"
+TEKKEN = rf"{_WORD[0]}|{_WORD[1]}|\p{{N}}{_REST}"
+DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CASED = (
     "\u0041-\u005a\u0061-\u007a\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf"
     "\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376-\u0377\u037b-\u037d\u037f\u0386"
@@ -58,6 +72,15 @@ CASED = (
 )
 WESTERN = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
 ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+
+
+PATTERNS = {
+    "llama-bpe": LLAMA3,
+    "qwen2": QWEN2,
+    "qwen35": QWEN35,
+    "gpt-4o": GPT4O,
+    "tekken": TEKKEN,
+}
 
 
 def split(pattern: str) -> Any:
@@ -78,10 +101,11 @@ def pre_tokenizer(name: str) -> Any:
         steps = [byte_level(regex=True)]
     elif name in ("smollm", "starcoder", "refact", "command-r"):
         steps = [digits(), byte_level(regex=True)]
-    elif name == "llama-bpe":
-        steps = [split(LLAMA3), byte_level(regex=False)]
-    elif name == "qwen2":
-        steps = [split(QWEN2), byte_level(regex=False)]
+    elif name in PATTERNS:
+        steps = [split(PATTERNS[name]), byte_level(regex=False)]
+    elif name == "deepseek-v3":
+        steps = [split(r"\p{N}{1,3}"), split("[一-龥\u3040-ゟ゠-ヿ]+"), split(DEEPSEEK3)]
+        steps.append(byte_level(regex=False))
     elif name == "falcon":
         steps = [
             pre_tokenizers.Punctuation("contiguous"),
@@ -108,10 +132,32 @@ def pre_tokenizer(name: str) -> Any:
     return pre_tokenizers.Sequence(steps)
 
 
+# One name of each kind; the others, whose rows in pretok.c are to say the same.
 PRE_TOKENIZERS = (
-    *("gpt-2", "default", "smollm", "llama-bpe", "qwen2", "starcoder", "deepseek-llm"),
-    *("deepseek-coder", "falcon", "mpt", "refact", "command-r", "gpt-neox", "phi-2"),
+    *("gpt-2", "default", "smollm", "llama-bpe", "qwen2", "qwen35", "gpt-4o", "tekken", "falcon"),
+    *("deepseek-llm", "deepseek-coder", "deepseek-v3"),
 )
+SAME = {
+    "gpt-2": (
+        *("phi-2", "gpt-neox", "mpt", "olmo", "modern-bert", "roberta-bpe", "jina-v1-en", "jais"),
+        *("jina-v2-es", "jina-v2-de", "jina-v2-code", "jina-es", "jina-de", "exaone4", "trillion"),
+        *("granite-docling", "gigachat", "a.x-4.0", "mellum"),
+    ),
+    "smollm": (
+        *("starcoder", "refact", "command-r", "exaone", "codeshell", "minerva-7b", "mellum2"),
+    ),
+    "llama-bpe": (
+        *("llama3", "llama-v3", "lfm2", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
+        *("jina-v5-nano", "minicpm5", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
+    ),
+    "qwen2": (
+        *("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2", "kormo"),
+        "f2llmv2",
+    ),
+    "gpt-4o": ("llama4", "kanana2", "talkie", "minimax-m2"),
+    "deepseek-v3": ("hunyuan-dense", "joyai-llm", "hy_v4"),
+}
+WHOLE = ("llama-bpe", "tekken")  # a word that is a token becomes that token, whatever the merges
 
 
 _CUTS = {
@@ -212,7 +258,7 @@ def pairs() -> tuple[str, ...]:
 def byte_level_tokenizer(
     name: str, vocab: dict[str, int], merges: Sequence[tuple[str, str]]
 ) -> Tokenizer:
-    whole = name == "llama-bpe"
+    whole = name in WHOLE
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), ignore_merges=whole))
     tokenizer.pre_tokenizer = pre_tokenizer(name)
     tokenizer.decoder = decoders.ByteLevel()
