@@ -2,6 +2,12 @@
 
     python benchmarks/profile.py --model MODEL.gguf
 
+    cmake -S . -B build -DSMALLM_TESTS=ON && cmake --build build --target loops
+    python benchmarks/profile.py --model MODEL.gguf --loops build/loops
+
+The second form adds the time that the inner loops alone need (loops.c), on the model's own
+weights, in turn with the passes: what a pass takes longer is not the loops.
+
 Shares of threads x wall time.  "wait" is a thread without work, "serial" the pass's own thread
 between phases, "outside" what no pass holds: the engine between passes, and the core that the
 Python layer takes away.  Reading the clock so often costs a little itself.
@@ -9,7 +15,9 @@ Python layer takes away.  Reading the clock so often costs a little itself.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,17 +64,37 @@ def timed(model: Model, case: Case, seed: int, max_tokens: int) -> Times:
     return Times(wall, model.info.timers).minus(Times(0, before))
 
 
+def loops_alone(program: str, model: str, threads: int, case: Case) -> dict[str, float]:
+    """Seconds a token; the head's, in a prompt, for its last token only."""
+    tokens, position = (
+        (1, case.n_prompt + case.n_decode // 2) if case.n_decode else (case.n_prompt, 0)
+    )
+    words = [
+        program,
+        model,
+        threads,
+        case.n_sequences,
+        tokens,
+        position,
+        20 if case.n_decode else 3,
+    ]
+    out = subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True).stdout
+    return {k: v / (case.n_sequences * tokens) for k, v in json.loads(out).items()}
+
+
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0], peers=False)
     add_model(parser)
+    parser.add_argument("--loops", help="the program loops, built from loops.c")
     options = parser.parse_args()
     os.environ["SMALLM_TIMERS"] = "1"
     import smallm
 
     results: dict[str, dict[str, float]] = {}
-    with smallm.load(model_path(options.model), threads=options.threads) as model:
+    path = model_path(options.model)
+    with smallm.load(path, threads=options.threads) as model:
         for number, case in enumerate(CASES):
-            rounds = []
+            rounds, alone = [], []
             for i in range(ROUNDS + 1):
                 seed = 1000 * number + 2 * i
                 first = timed(model, case, seed, 1)
@@ -75,7 +103,9 @@ def main() -> None:
                     if case.n_decode
                     else first
                 )
-            rounds = rounds[1:]  # the first one warmed up
+                if options.loops:
+                    alone.append(loops_alone(options.loops, path, options.threads, case))
+            rounds, alone = rounds[1:], alone[1:]  # the first one warmed up
             n_tokens = case.n_sequences * (case.n_decode or case.n_prompt)
             shares = {
                 name: median([r.parts[name] / (options.threads * r.wall) for r in rounds])
@@ -83,6 +113,10 @@ def main() -> None:
             }
             results[case.name] = {
                 "us a token": 1e6 * median([r.wall for r in rounds]) / n_tokens,
+                **{
+                    f"us of {loop} alone": 1e6 * median([a[loop] for a in alone])
+                    for loop in (alone[0] if alone else ())
+                },
                 **shares,
                 "outside": 1 - sum(shares.values()),
             }
@@ -90,9 +124,14 @@ def main() -> None:
     names = list(
         dict.fromkeys(name for c in results.values() for name, share in c.items() if share != 0)
     )
-    form = {"us a token": "{:.0f}"}
     rows = [
-        [name, *(form.get(name, "{:.1%}").format(c.get(name, 0)) for c in results.values())]
+        [
+            name,
+            *(
+                ("{:.1f}" if name[:3] == "us " else "{:.1%}").format(c.get(name, 0))
+                for c in results.values()
+            ),
+        ]
         for name in names
     ]
     print(f"{machine()['cpu']}, {options.threads} threads, {isa}")
