@@ -14,6 +14,9 @@ static const struct sm_arch archs[] = {
     /* phi-1, phi-1.5, phi-2 */
     {.name = "phi2", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU,
      .bias = SM_BIAS_EVERYWHERE, .parallel = true},
+    /* Qwen1.5-MoE, Qwen2-MoE */
+    {.name = "qwen2moe", .rope = SM_ROPE_HALVES, .bias = SM_BIAS_QKV, .router = SM_ROUTER_ALL,
+     .shared_gate = true},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -119,6 +122,30 @@ static double read_rope_scale(struct reader *r) {
     return linear || !found ? 1 / factor : 1;
 }
 
+/* expert_*: how many, how large, how they are chosen. */
+static void read_experts(struct reader *r, struct sm_hparams *h) {
+    h->n_expert = read_int(r, "expert_count", 0, 0, SM_EXPERTS_MAX);
+    if (h->n_expert == 0) return;
+    if (r->arch->router == SM_ROUTER_NONE)
+        refuse(r, full_key(r, "expert_count"), "not 0", "this architecture without experts");
+    h->n_used = read_int(r, "expert_used_count", NO_DEFAULT, 1, SM_MIN(h->n_expert, SM_USED_MAX));
+    h->n_ff_expert = read_int(r, "expert_feed_forward_length", h->n_ff, 1, 1 << 18);
+    h->n_ff_shared = read_int(r, "expert_shared_feed_forward_length", 0, 0, 1 << 18);
+    h->expert_scale = (float)read_float(r, "expert_weights_scale", 1, 0, 1e6);
+    if (read_int(r, "expert_group_count", 0, 0, 1 << 16) > 1)
+        refuse(r, full_key(r, "expert_group_count"), "more than 1", "experts in one group");
+    /* The softmax over the chosen ones is that over all, divided by the sum of what was chosen. */
+    bool normed = r->arch->router == SM_ROUTER_CHOSEN, found;
+    if (r->status == SMALLM_OK)
+        r->status = sm_gguf_get_bool(r->g, full_key(r, "expert_weights_norm"), &normed, &found, r->err);
+    enum { SOFTMAX = 1, SIGMOID, SOFTMAX_OF_CHOSEN };
+    int function = read_int(r, "expert_gating_func", SOFTMAX, 0, INT32_MAX);
+    if (function != SOFTMAX && function != SOFTMAX_OF_CHOSEN)
+        refuse(r, full_key(r, "expert_gating_func"), function == SIGMOID ? "2 (sigmoid)" : "unknown",
+               "1 (softmax) and 3 (softmax of the chosen)");
+    h->router = normed || function == SOFTMAX_OF_CHOSEN ? SM_ROUTER_CHOSEN : SM_ROUTER_ALL;
+}
+
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
                  smallm_error *err) {
     struct reader r = {.arch = arch, .g = g, .err = err};
@@ -149,8 +176,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->head = read_int(&r, "attention.key_length", h->n_embd / h->n_head, 1, SM_HEAD_MAX);
     int value_length = read_int(&r, "attention.value_length", h->head, 1, SM_HEAD_MAX);
     h->n_rot = read_int(&r, "rope.dimension_count", h->head, 2, SM_HEAD_MAX);
-    int n_expert = read_int(&r, "expert_count", 0, 0, 1 << 16);
-    if (n_expert > 0) refuse(&r, full_key(&r, "expert_count"), "not 0", "models without experts");
+    read_experts(&r, h);
     bool causal = true, found;
     if (r.status == SMALLM_OK)
         r.status = sm_gguf_get_bool(g, full_key(&r, "attention.causal"), &causal, &found, err);

@@ -25,12 +25,21 @@ enum sm_ffn_kind {
 /* Biases that a file must have; where it has others, they are added, too. */
 enum sm_bias_rule { SM_BIAS_FREE, SM_BIAS_QKV, SM_BIAS_EVERYWHERE };
 
+/* Over which experts' logits the router's softmax goes.  What the file says comes first. */
+enum sm_router_kind {
+    SM_ROUTER_NONE,  /* the architecture has no experts */
+    SM_ROUTER_ALL,   /* all: the weights of the chosen ones sum to less than 1 */
+    SM_ROUTER_CHOSEN /* the chosen ones; the same as over all and then divided by their sum */
+};
+
 struct sm_arch {
     const char *name; /* general.architecture, and the prefix of its keys */
     enum sm_rope_style rope;
     enum sm_norm_kind norm;
     enum sm_ffn_kind ffn;
     enum sm_bias_rule bias;
+    enum sm_router_kind router;
+    bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
     bool parallel; /* attention and feed-forward read the same norm and add to the same x */
 };
 
@@ -39,6 +48,10 @@ struct sm_hparams {
     int head;           /* size of one head's q, k and v */
     int n_rot;          /* leading dimensions of a head that rope turns, even */
     int window;         /* positions a query sees, its own included; 0: all */
+    int n_expert, n_used;       /* experts of a layer, and of them those that a token uses; 0: none */
+    int n_ff_expert, n_ff_shared; /* of one expert, and of the expert that all tokens use */
+    enum sm_router_kind router;
+    float expert_scale;         /* of the router's weights */
     float norm_eps;
     double rope_base;   /* pair i turns by position * rope_scale / factor[i] * base^(-2 i / n_rot) */
     double rope_scale;

@@ -79,6 +79,10 @@ static void run_layer(const struct sm_pass *p, int index) {
     /* x = x + W_down expand(norm(x)) + b_down */
     if (!m->arch->parallel) {
         normed = norm(m, b->x, layer->ffn_norm, layer->ffn_norm_b);
+        if (m->h.n_expert > 0) {
+            sm_feed_experts(p, layer, &normed);
+            return;
+        }
         expand(p, layer, &normed);
     }
     struct sm_source hidden = sm_source_rows(b->h, n_ff, n_ff);

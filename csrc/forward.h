@@ -33,7 +33,8 @@ struct sm_buffers {
     float *x;          /* [n][n_embd] the residual stream */
     float *q;          /* [n][n_head * head], then attention's result */
     float *k, *v;      /* [n][n_head_kv * head] */
-    float *h;          /* [n][n_ff] */
+    float *h;          /* [n][n_ff]; experts: see experts.c */
+    struct sm_router *router; /* where there are experts, else NULL */
     float *cos, *sin;  /* [n][n_rot / 2] */
     float *wanted;     /* [n][n_embd] rows of x whose logits are wanted */
     float *partial;    /* decode: [n][n_head][max_chunks][head + 2], see mixers/attention.c */
@@ -50,6 +51,15 @@ struct sm_pass {
 
 /* Result in sm_ops_status. */
 void sm_forward(const struct sm_pass *p);
+
+/* experts.c: the feed-forward of experts.  Memory for n_tokens tokens. */
+int sm_router_new(const struct sm_hparams *h, size_t n_tokens, struct sm_router **out,
+                  smallm_error *err);
+void sm_router_free(struct sm_router *r); /* NULL allowed */
+uint64_t sm_router_bytes(const struct sm_router *r);
+/* x += the sum over the experts that the router chooses for `input`, and the shared one. */
+void sm_feed_experts(const struct sm_pass *p, const struct sm_layer *layer,
+                     const struct sm_source *input);
 
 /* What the attention of one layer needs until its result has been read. */
 struct sm_attention {

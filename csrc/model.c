@@ -25,6 +25,8 @@ enum need {
 #define BIAS BIAS_IF(SM_BIAS_EVERYWHERE)
 #define BIAS_QKV BIAS_IF(SM_BIAS_QKV)
 #define GATED (arch->ffn == SM_FFN_SWIGLU)
+#define DENSE (h->n_expert == 0)
+#define SHARED (h->n_ff_shared > 0)
 #define FUSED (layer->wqkv.n_rows > 0)
 
 /* One tensor to be read: into a matrix's panels, into a vector, or only judged. */
@@ -34,6 +36,7 @@ struct job {
     struct sm_matrix *matrix; /* or NULL */
     float **vector;           /* or NULL */
     size_t n_rows, k;
+    size_t n_experts;         /* 1, or whose rows follow each other */
     size_t rows_per_unit, n_units, first_unit; /* what a thread takes at once; counted over all jobs */
 };
 
@@ -51,10 +54,10 @@ struct loader {
 
 /* ---- binding ----------------------------------------------------------------------------------------- */
 
-/* Finds `name`, checks type and shape [rows][k] (rows 1: a vector) and queues its job.
+/* Finds `name`, checks type and shape [n_experts][rows][k] (rows 1: a vector) and queues its job.
  * *out stays NULL where an optional tensor is missing. */
-static int bind_tensor(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
-                       struct job **out) {
+static int bind_tensors(struct loader *l, const char *name, enum need need, size_t n_experts,
+                        size_t rows, size_t k, struct job **out) {
     const char *path = sm_gguf_path(l->g);
     *out = NULL;
     if (need == ABSENT) return SMALLM_OK;
@@ -71,16 +74,17 @@ static int bind_tensor(struct loader *l, const char *name, enum need need, size_
                        "%s: the tensor %s has weight format %s (id %u), which this version does not run",
                        path, name, type_name != NULL ? type_name : "unknown", t->gguf_type);
     }
-    if (t->dims[0] != k || t->dims[1] != rows || t->dims[2] != 1 || t->dims[3] != 1)
+    if (t->dims[0] != k || t->dims[1] != rows || t->dims[2] != n_experts || t->dims[3] != 1)
         return sm_fail(l->err, SMALLM_E_CORRUPT,
                        "%s: the tensor %s has shape [%llu, %llu, %llu, %llu]; the file's sizes ask for "
-                       "[%zu, %zu]", path, name, (unsigned long long)t->dims[0],
+                       "[%zu, %zu, %zu]", path, name, (unsigned long long)t->dims[0],
                        (unsigned long long)t->dims[1], (unsigned long long)t->dims[2],
-                       (unsigned long long)t->dims[3], k, rows);
+                       (unsigned long long)t->dims[3], k, rows, n_experts);
     l->bound[index] = true;
     struct job *job = &l->jobs[l->n_jobs++];
     size_t row_bytes = sm_row_bytes(type, k);
-    *job = (struct job){.tensor = t, .type = type, .n_rows = rows, .k = k};
+    rows *= n_experts;
+    *job = (struct job){.tensor = t, .type = type, .n_rows = rows, .k = k, .n_experts = n_experts};
     job->rows_per_unit = SM_MAX(READ_BYTES / (row_bytes * SM_PANEL_ROWS), 1) * SM_PANEL_ROWS;
     job->n_units = (rows + job->rows_per_unit - 1) / job->rows_per_unit;
     job->first_unit = l->n_units;
@@ -91,24 +95,44 @@ static int bind_tensor(struct loader *l, const char *name, enum need need, size_
     return SMALLM_OK;
 }
 
-static int bind_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
-                       struct sm_matrix *out) {
+static int bind_tensor(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
+                       struct job **out) {
+    return bind_tensors(l, name, need, 1, rows, k, out);
+}
+
+/* Whole panels for every expert: their rows are a multiple of a panel's. */
+static int bind_matrices(struct loader *l, const char *name, enum need need, size_t n_experts,
+                         size_t rows, size_t k, struct sm_matrix *out) {
     struct job *job;
-    int status = bind_tensor(l, name, need, rows, k, &job);
+    int status = bind_tensors(l, name, need, n_experts, rows, k, &job);
     if (status != SMALLM_OK || job == NULL) return status;
+    if (n_experts > 1 && rows % SM_PANEL_ROWS != 0)
+        return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
+                       "%s: the tensor %s has %zu rows for each expert; allowed are multiples of %d",
+                       sm_gguf_path(l->g), name, rows, SM_PANEL_ROWS);
     job->matrix = out;
-    *out = (struct sm_matrix){.type = job->type, .n_rows = rows, .k = k,
-                              .n_panels = (rows + SM_PANEL_ROWS - 1) / SM_PANEL_ROWS,
+    *out = (struct sm_matrix){.type = job->type, .n_rows = job->n_rows, .k = k,
+                              .n_panels = (job->n_rows + SM_PANEL_ROWS - 1) / SM_PANEL_ROWS,
                               .panel_bytes = sm_panel_bytes(job->type, k)};
     return SMALLM_OK;
 }
 
-static int bind_vector(struct loader *l, const char *name, enum need need, size_t length,
-                       float **out) {
+static int bind_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
+                       struct sm_matrix *out) {
+    return bind_matrices(l, name, need, 1, rows, k, out);
+}
+
+static int bind_rows(struct loader *l, const char *name, enum need need, size_t rows, size_t length,
+                     float **out) {
     struct job *job;
-    int status = bind_tensor(l, name, need, 1, length, &job);
+    int status = bind_tensor(l, name, need, rows, length, &job);
     if (job != NULL) job->vector = out;
     return status;
+}
+
+static int bind_vector(struct loader *l, const char *name, enum need need, size_t length,
+                       float **out) {
+    return bind_rows(l, name, need, 1, length, out);
 }
 
 static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
@@ -124,9 +148,20 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
     status = bind_matrix(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
     if (status != SMALLM_OK) return status;
+#define SM_EXPERTS(field, suffix, need, rows, columns)                               \
+    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    status = bind_matrices(l, name, need, (size_t)h->n_expert, (size_t)(rows), (size_t)(columns), \
+                           &layer->field);                                           \
+    if (status != SMALLM_OK) return status;
+#define SM_BIASES(field, suffix, need, rows)                                         \
+    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    status = bind_rows(l, name, need, (size_t)h->n_expert, (size_t)(rows), &layer->field); \
+    if (status != SMALLM_OK) return status;
 #include "tensors.def"
 #undef SM_VECTOR
 #undef SM_MATRIX
+#undef SM_EXPERTS
+#undef SM_BIASES
     if (FUSED && ((h->n_head * h->head) % SM_PANEL_ROWS != 0 ||
                   (h->n_head_kv * h->head) % SM_PANEL_ROWS != 0))
         return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
@@ -211,7 +246,7 @@ static int load_rows(const struct loader *l, const struct job *job, size_t first
                        quant->block_size == 1 ? "value" : "scale", block);
     }
     if (job->vector != NULL) {
-        quant->dequantize(buffer, *job->vector, n_blocks);
+        quant->dequantize(buffer, *job->vector + first * job->k, n_blocks);
     } else if (job->matrix != NULL) {
         uint8_t *panel = job->matrix->panels + first / SM_PANEL_ROWS * job->matrix->panel_bytes;
         for (size_t r = 0; r < n; r += SM_PANEL_ROWS, panel += job->matrix->panel_bytes)
@@ -245,7 +280,7 @@ static int allocate_weights(struct loader *l, uint64_t memory_limit) {
     size_t panel_bytes = 0, n_floats = 0;
     for (size_t j = 0; j < l->n_jobs; j++) {
         const struct job *job = &l->jobs[j];
-        if (job->vector != NULL) n_floats += sm_round_up(job->k, SM_ALIGN / sizeof(float));
+        if (job->vector != NULL) n_floats += sm_round_up(job->n_rows * job->k, SM_ALIGN / sizeof(float));
         size_t bytes = 0;
         if (job->matrix != NULL &&
             (!sm_mul(job->matrix->n_panels, job->matrix->panel_bytes, &bytes) ||
@@ -274,7 +309,7 @@ static int allocate_weights(struct loader *l, uint64_t memory_limit) {
         }
         if (job->vector != NULL) {
             *job->vector = vector;
-            vector += sm_round_up(job->k, SM_ALIGN / sizeof(float));
+            vector += sm_round_up(job->n_rows * job->k, SM_ALIGN / sizeof(float));
         }
     }
     return SMALLM_OK;
@@ -360,9 +395,12 @@ static void describe(const struct loader *l) {
     snprintf(info->pre_tokenizer, sizeof info->pre_tokenizer, "%s", t.pre);
     describe_formats(l, info->formats, sizeof info->formats);
     info->n_file_bytes = sm_gguf_data_bytes(l->g);
-    for (size_t j = 0; j < l->n_jobs; j++)
-        if (l->jobs[j].matrix != NULL)
-            info->n_token_bytes += l->jobs[j].matrix->n_panels * l->jobs[j].matrix->panel_bytes;
+    for (size_t j = 0; j < l->n_jobs; j++) {
+        const struct job *job = &l->jobs[j];
+        if (job->matrix == NULL) continue;
+        size_t bytes = job->matrix->n_panels * job->matrix->panel_bytes;
+        info->n_token_bytes += job->n_experts > 1 ? bytes / job->n_experts * (size_t)h->n_used : bytes;
+    }
     info->n_vocab = h->n_vocab;
     info->n_ctx_train = h->n_ctx_train;
     info->n_embd = h->n_embd;

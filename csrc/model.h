@@ -18,9 +18,13 @@ struct sm_matrix {
 struct sm_layer {
 #define SM_VECTOR(field, ...) float *field;
 #define SM_MATRIX(field, ...) struct sm_matrix field;
+#define SM_EXPERTS(field, ...) struct sm_matrix field;
+#define SM_BIASES(field, ...) float *field;
 #include "tensors.def"
 #undef SM_VECTOR
 #undef SM_MATRIX
+#undef SM_EXPERTS
+#undef SM_BIASES
 };
 
 struct sm_metadata { /* one scalar or string key of the file, as text */

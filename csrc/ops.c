@@ -201,6 +201,7 @@ struct project {
     size_t n_products, n_listed;   /* n_listed: whose panels are counted; up follows gate */
     size_t n, rows;                /* tokens; rows of activations: n, or 2 n where fine */
     bool head;                     /* for the timers */
+    bool own;                      /* each thread prepares the activations for itself */
     bool fine;                     /* row 2 t is token t, row 2 t + 1 what rounding it lost */
     bool wants[SM_ACT_COUNT];      /* activation formats the products read */
     float *gated;                  /* sm_ops_gated's out: products[0] and [1] are gate and up */
@@ -252,25 +253,41 @@ static void prepare_phase(void *arg, int thread, struct sm_work *work) {
     turn_to(l, SM_TIMER_WAIT);
 }
 
+/* The activations a phase's products read: prepared before, or now. */
+static void take_acts(const struct project *p, struct local *l, struct sm_acts acts[SM_ACT_COUNT]) {
+    place_acts(p, p->own ? l->acts : p->o->acts, acts);
+    if (!p->own) return;
+    turn_to(l, SM_TIMER_PREPARE);
+    prepare_tokens(p, 0, p->n, l->row, acts);
+}
+
 /* Panel `panel` of w; one past the end is what lies behind it. */
 static const uint8_t *panel_of(const struct sm_matrix *w, size_t panel) {
     return w->panels + panel * w->panel_bytes;
 }
 
-/* Panels first .. first + n_panels - 1 of w for all rows into out [rows][ld]; then come those at
- * `next`. */
-static void multiply(const struct project *p, const struct sm_matrix *w,
-                     const struct sm_acts *acts, size_t first, size_t n_panels, const uint8_t *next,
-                     struct local *l, float *out, size_t ld) {
+/* Panels first .. first + n_panels - 1 of w for n_rows rows of activations from `row` on into
+ * out [n_rows][ld]; then come those at `next`. */
+static void multiply_some(const struct project *p, const struct sm_matrix *w,
+                          const struct sm_acts *acts, size_t row, size_t n_rows, size_t first,
+                          size_t n_panels, const uint8_t *next, struct local *l, float *out,
+                          size_t ld) {
     struct sm_matmul m = {
         .out = out, .ld = ld,
         .panels = panel_of(w, first), .panel_bytes = w->panel_bytes,
-        .n_panels = n_panels, .next = next, .acts = &acts[sm_quants[w->type].act], .n_tokens = p->rows,
-        .scratch = l->scratch,
+        .n_panels = n_panels, .next = next, .acts = &acts[sm_quants[w->type].act],
+        .first = row, .n_tokens = n_rows, .scratch = l->scratch,
     };
     turn_to(l, p->head ? SM_TIMER_HEAD : SM_TIMER_MATMUL + (enum sm_timer)w->type);
     p->o->kernels->matmul[w->type](&m);
     turn_to(l, SM_TIMER_FINISH);
+}
+
+/* The same for all rows. */
+static void multiply(const struct project *p, const struct sm_matrix *w,
+                     const struct sm_acts *acts, size_t first, size_t n_panels, const uint8_t *next,
+                     struct local *l, float *out, size_t ld) {
+    multiply_some(p, w, acts, 0, p->rows, first, n_panels, next, l, out, ld);
 }
 
 /* tile [n][ld] += the product's bias, for rows row .. row + n_rows - 1. */
@@ -357,6 +374,13 @@ static void fill_panels(const struct project *p, const struct sm_product *produc
     }
 }
 
+/* Panels that a tile holds for n tokens, at most n_panels: even where possible, as kernels like it. */
+static size_t tile_panels(size_t n, size_t n_panels) {
+    size_t step = TILE_FLOATS / (n * SM_PANEL_ROWS);
+    if (step > 2) step -= step % 2;
+    return SM_MIN(step, n_panels);
+}
+
 /* The panels from begin on, before end, that are all asked for, or all not. */
 static size_t run_length(const struct project *p, const struct sm_product *product, size_t begin,
                          size_t end, bool *asked_for) {
@@ -369,11 +393,9 @@ static size_t run_length(const struct project *p, const struct sm_product *produ
 /* A thread's panels begin .. end - 1 of one product. */
 static void run_panels(const struct project *p, const struct sm_product *product,
                        const struct sm_acts *acts, size_t begin, size_t end, struct local *l) {
-    size_t step = TILE_FLOATS / (p->rows * SM_PANEL_ROWS);
-    if (step > 2) step -= step % 2;
     bool asked_for;
     for (size_t i = begin, n; i < end; i += n) {
-        n = run_length(p, product, i, SM_MIN(end, i + step), &asked_for);
+        n = run_length(p, product, i, i + tile_panels(p->rows, end - i), &asked_for);
         if (asked_for) run_tile(p, product, acts, i, n, l);
         else fill_panels(p, product, i, n);
     }
@@ -384,13 +406,7 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
     struct local *l = &p->o->locals[thread];
     struct sm_acts acts[SM_ACT_COUNT];
     size_t begin, end;
-    if (p->rows < SM_FEW) {
-        turn_to(l, SM_TIMER_PREPARE);
-        place_acts(p, l->acts, acts);
-        prepare_tokens(p, 0, p->n, l->row, acts);
-    } else {
-        place_acts(p, p->o->acts, acts);
-    }
+    take_acts(p, l, acts);
     while (sm_work_take(work, &begin, &end)) {
         size_t base = 0;
         for (size_t i = 0; i < p->n_listed; i++) {
@@ -406,7 +422,8 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
 static void run_project(struct project *p) {
     p->rows = p->fine ? 2 * p->n : p->n;
     for (size_t i = 0; i < p->n_products; i++) p->wants[sm_quants[p->products[i].w->type].act] = true;
-    if (p->rows >= SM_FEW) run_phase(p->o, p->n, TOKENS_AT_ONCE, prepare_phase, p);
+    p->own = p->rows < SM_FEW;
+    if (!p->own) run_phase(p->o, p->n, TOKENS_AT_ONCE, prepare_phase, p);
     /* One range of panels over all products, so that small matrices do not round a thread away. */
     p->n_listed = p->gated != NULL ? 1 : p->n_products;
     size_t n_panels = 0;
@@ -444,6 +461,154 @@ void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const s
     struct project p = {.o = o, .s = s, .products = both, .n_products = 2, .n = n, .gated = out,
                         .gated_stride = stride};
     run_project(&p);
+}
+
+/* ---- experts ----------------------------------------------------------------------------------------------- */
+
+/* One half of a round of sm_ops_experts: the hidden rows, or the way back. */
+struct feed {
+    struct project p; /* its rows are tokens (hidden rows, own), or the round's slots */
+    const struct sm_source *tokens;
+    const struct sm_experts *e;
+    const struct sm_routing *r;
+    size_t begin, n_slots; /* the round: slots begin .. begin + n_slots - 1, of the experts */
+    const uint16_t *active; /* [n_active] that have tokens in it, ascending */
+    size_t n_active;
+    float *h;              /* [n_slots][n_ff] */
+    float *out;            /* [n][stride] */
+    size_t stride;
+};
+
+/* The slots of expert e. */
+static size_t first_slot(const struct feed *f, size_t e) { return f->r->first[e]; }
+static size_t end_slot(const struct feed *f, size_t e) { return f->r->first[e + 1]; }
+
+/* What the round's slot `slot` reads: its token's row. */
+static const float *row_of_slot(const struct sm_source *s, size_t slot, float *room) {
+    const struct feed *f = s->context;
+    return f->tokens->row(f->tokens, f->r->tokens[f->begin + slot], room);
+}
+
+/* tile [n][ld] += bias[at .. at + ld - 1], where there is one. */
+static void add_expert_bias(const struct feed *f, const float *bias, size_t at, size_t n, size_t ld,
+                            float *tile) {
+    for (size_t t = 0; t < n && bias != NULL; t++) f->p.o->kernels->add(tile + t * ld, bias + at, ld);
+}
+
+/* h of one expert: n_panels panels from `panel` on of gate and of up, for all its tokens. */
+static void run_hidden(const struct feed *f, const struct sm_acts *acts, size_t e, size_t panel,
+                       size_t n_panels, struct local *l) {
+    const struct sm_matrix *w_gate = f->e->gate, *w_up = f->e->up;
+    const size_t n_ff = f->e->n_ff, all = n_ff / SM_PANEL_ROWS;
+    /* A row of activations is a token: those of an expert do not lie together. */
+    const size_t at_once = f->p.own ? 1 : end_slot(f, e) - first_slot(f, e);
+    float *gate = l->tile[0], *up = l->tile[1];
+    for (size_t i = panel, n; i < panel + n_panels; i += n) {
+        n = tile_panels(at_once, panel + n_panels - i);
+        const size_t at = e * all + i, row = i * SM_PANEL_ROWS, ld = n * SM_PANEL_ROWS;
+        for (size_t slot = first_slot(f, e); slot < end_slot(f, e); slot += at_once) {
+            size_t first = f->p.own ? f->r->tokens[slot] : slot - f->begin;
+            multiply_some(&f->p, w_gate, acts, first, at_once, at, n, panel_of(w_up, at), l, gate, ld);
+            multiply_some(&f->p, w_up, acts, first, at_once, at, n, panel_of(w_gate, at + n), l, up, ld);
+            add_expert_bias(f, f->e->b_gate, e * n_ff + row, at_once, ld, gate);
+            add_expert_bias(f, f->e->b_up, e * n_ff + row, at_once, ld, up);
+            for (size_t t = 0; t < at_once; t++)
+                f->e->gated(f->h + (slot - f->begin + t) * n_ff + row, gate + t * ld, up + t * ld, ld);
+        }
+    }
+}
+
+static void hidden_phase(void *arg, int thread, struct sm_work *work) {
+    const struct feed *f = arg;
+    struct local *l = &f->p.o->locals[thread];
+    struct sm_acts acts[SM_ACT_COUNT];
+    const size_t all = f->e->n_ff / SM_PANEL_ROWS; /* panels of one expert */
+    size_t begin, end;
+    take_acts(&f->p, l, acts);
+    while (sm_work_take(work, &begin, &end))
+        for (size_t i = begin, n; i < end; i += n) {
+            n = SM_MIN(all - i % all, end - i);
+            run_hidden(f, acts, f->active[i / all], i % all, n, l);
+        }
+    turn_to(l, SM_TIMER_WAIT);
+}
+
+/* out += weight * (W_down h + b): the panels begin .. end - 1 of every expert, ascending, so that
+ * nobody else adds to these rows and the order of additions is always the same. */
+static void run_down(const struct feed *f, const struct sm_acts *acts, size_t begin, size_t end,
+                     struct local *l) {
+    const struct sm_matrix *w = f->e->down;
+    const size_t all = f->e->n_embd / SM_PANEL_ROWS;
+    float *tile = l->tile[0];
+    for (size_t a = 0; a < f->n_active; a++) {
+        const size_t e = f->active[a], slot = first_slot(f, e), n_slots = end_slot(f, e) - slot;
+        const size_t following = a + 1 < f->n_active ? f->active[a + 1] * all + begin : e * all + end;
+        for (size_t i = begin, n; i < end; i += n) {
+            n = tile_panels(n_slots, end - i);
+            const size_t at = e * all + i, row = i * SM_PANEL_ROWS, ld = n * SM_PANEL_ROWS;
+            multiply_some(&f->p, w, acts, slot - f->begin, n_slots, at, n,
+                          panel_of(w, i + n < end ? at + n : following), l, tile, ld);
+            add_expert_bias(f, f->e->b_down, e * f->e->n_embd + row, n_slots, ld, tile);
+            for (size_t t = 0; t < n_slots; t++)
+                f->p.o->kernels->add_scaled(f->out + f->r->tokens[slot + t] * f->stride + row,
+                                            tile + t * ld, f->r->weights[slot + t], ld);
+        }
+    }
+}
+
+static void down_phase(void *arg, int thread, struct sm_work *work) {
+    const struct feed *f = arg;
+    struct local *l = &f->p.o->locals[thread];
+    struct sm_acts acts[SM_ACT_COUNT];
+    size_t begin, end;
+    take_acts(&f->p, l, acts);
+    while (sm_work_take(work, &begin, &end)) run_down(f, acts, begin, end, l);
+    turn_to(l, SM_TIMER_WAIT);
+}
+
+/* Whether a thread's own memory holds the activations of n rows. */
+static bool fits_own(const struct project *p, size_t n) {
+    for (int a = 0; a < SM_ACT_COUNT; a++)
+        if (p->wants[a] && sm_acts_bytes((enum sm_act)a, n, p->s->k) >
+                               sm_acts_bytes((enum sm_act)a, SM_FEW - 1, p->o->k_max))
+            return false;
+    return true;
+}
+
+/* One round: the tokens of the active experts through all three matrices. */
+static void run_round(struct feed *f, size_t n) {
+    struct sm_ops *o = f->p.o;
+    const struct sm_source slots = {.row = row_of_slot, .context = f, .k = f->tokens->k};
+    const bool few = n < SM_FEW; /* then the activations are the tokens', not the slots' */
+    f->p = (struct project){.o = o, .s = few ? f->tokens : &slots, .n = few ? n : f->n_slots,
+                            .own = few};
+    f->p.rows = f->p.n;
+    f->p.wants[sm_quants[f->e->gate->type].act] = f->p.wants[sm_quants[f->e->up->type].act] = true;
+    if (!few) run_phase(o, f->n_slots, TOKENS_AT_ONCE, prepare_phase, &f->p);
+    run_phase(o, f->n_active * (f->e->n_ff / SM_PANEL_ROWS), PANELS_AT_ONCE, hidden_phase, f);
+
+    const struct sm_source hidden = sm_source_rows(f->h, f->e->n_ff, f->e->n_ff);
+    f->p = (struct project){.o = o, .s = &hidden, .n = f->n_slots, .rows = f->n_slots};
+    f->p.wants[sm_quants[f->e->down->type].act] = true;
+    f->p.own = fits_own(&f->p, f->n_slots);
+    if (!f->p.own) run_phase(o, f->n_slots, TOKENS_AT_ONCE, prepare_phase, &f->p);
+    run_phase(o, f->e->n_embd / SM_PANEL_ROWS, PANELS_AT_ONCE / 2, down_phase, f);
+}
+
+void sm_ops_experts(struct sm_ops *o, size_t n, const struct sm_source *s,
+                    const struct sm_experts *experts, const struct sm_routing *routing, float *h,
+                    float *out, size_t stride) {
+    uint16_t active[SM_EXPERTS_MAX];
+    for (size_t e = 0; e < experts->n;) {
+        struct feed f = {.p = {.o = o}, .tokens = s, .e = experts, .r = routing,
+                         .begin = routing->first[e], .active = active, .h = h, .out = out,
+                         .stride = stride};
+        /* An expert has at most n tokens: each round has at least one. */
+        for (; e < experts->n && routing->first[e + 1] - f.begin <= o->n_tokens; e++)
+            if (end_slot(&f, e) > first_slot(&f, e)) active[f.n_active++] = (uint16_t)e;
+        f.n_slots = routing->first[e] - f.begin;
+        if (f.n_active > 0) run_round(&f, n);
+    }
 }
 
 /* ---- items ------------------------------------------------------------------------------------------------- */

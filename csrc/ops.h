@@ -49,7 +49,7 @@ struct sm_product {
 
 struct sm_ops;
 
-/* Buffers for at most n_tokens tokens; k_max: the longest row any product reads; timed: keeps timers. */
+/* Buffers for at most n_tokens tokens, or slots of experts at once; k_max: the longest row any product reads; timed: keeps timers. */
 int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels, bool timed,
                struct sm_ops **out, smallm_error *err);
 void sm_ops_free(struct sm_ops *o); /* NULL allowed */
@@ -84,6 +84,37 @@ void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
 /* out = silu(gate) * up, of products gate and up of equal shape; out is [n][stride]. */
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
                   const struct sm_product *up, float *out, size_t stride);
+
+/* A stack of `n` gated feed-forwards of one shape: expert e's rows follow those of e - 1. */
+struct sm_experts {
+    size_t n, n_ff, n_embd;              /* n_ff and n_embd are multiples of SM_PANEL_ROWS */
+    const struct sm_matrix *gate, *up;   /* [n * n_ff][n_embd] */
+    const struct sm_matrix *down;        /* [n * n_embd][n_ff] */
+    const float *b_gate, *b_up, *b_down; /* [n][n_ff], [n][n_ff], [n][n_embd], or NULL */
+    void (*gated)(float *out, const float *gate, const float *up, size_t n); /* a kernel slot */
+};
+
+/* Which expert gets which tokens, as slots: sorted by expert, then by token. */
+struct sm_routing {
+    const size_t *first;    /* [n_expert + 1] first[e] .. first[e + 1] - 1 are the slots of expert e */
+    const uint32_t *tokens; /* [slots] */
+    const float *weights;   /* [slots] */
+};
+
+/* out_t += weight (W_down gated(W_gate s_t + b_gate, W_up s_t + b_up) + b_down) for every slot, for a
+ * token in the order of its experts' ids, each by one add_scaled.
+ *
+ * Reads the panels of the experts that have tokens, each once for all its tokens (with fewer than
+ * SM_FEW tokens once for each, out of the cache).  Rounds of as many experts as sm_ops_new's
+ * n_tokens has rows for; in a round two phases, or up to four where activations are prepared
+ * before them: the first splits over (expert x panels of gate and up), the second over the panels
+ * of down, where a thread adds those of all experts, one after the other: no sums are left to fold.
+ * In decode: one round of two phases, as a dense feed-forward has.
+ *
+ * h: room for [n_tokens of sm_ops_new][n_ff]; out: [n][stride]. */
+void sm_ops_experts(struct sm_ops *o, size_t n, const struct sm_source *s,
+                    const struct sm_experts *experts, const struct sm_routing *routing, float *h,
+                    float *out, size_t stride);
 
 /* run(context, item, scratch) for every item < n, in any order on any thread; its time counts as
  * `timer`.  scratch:

@@ -31,16 +31,24 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     const struct sm_hparams *h = &s->model->h;
     size_t n = (size_t)s->params.n_batch, n_embd = (size_t)h->n_embd;
     size_t q_size = (size_t)(h->n_head * h->head), kv_size = (size_t)(h->n_head_kv * h->head);
+    /* The feed-forward has a row for each token, or for each expert that a token uses: of these
+     * as many at once as there are tokens, and in decode all. */
+    size_t n_ff = (size_t)h->n_ff, n_rows = n;
+    if (h->n_expert > 0) {
+        n_ff = (size_t)SM_MAX(h->n_ff_expert, h->n_ff_shared);
+        n_rows = SM_MAX(n, SM_MIN(n, SM_ALONE_MAX) * (size_t)h->n_used);
+    }
     struct {
         float **at;
-        size_t width;
+        size_t n, width;
     } const parts[] = {
-        {&s->buffers.x, n_embd}, {&s->buffers.q, q_size}, {&s->buffers.k, kv_size},
-        {&s->buffers.v, kv_size}, {&s->buffers.h, (size_t)h->n_ff}, {&s->buffers.wanted, n_embd},
-        {&s->buffers.cos, (size_t)h->n_rot / 2}, {&s->buffers.sin, (size_t)h->n_rot / 2},
+        {&s->buffers.x, n, n_embd}, {&s->buffers.q, n, q_size}, {&s->buffers.k, n, kv_size},
+        {&s->buffers.v, n, kv_size}, {&s->buffers.h, n_rows, n_ff}, {&s->buffers.wanted, n, n_embd},
+        {&s->buffers.cos, n, (size_t)h->n_rot / 2}, {&s->buffers.sin, n, (size_t)h->n_rot / 2},
     };
     size_t all = 0;
-    for (size_t i = 0; i < SM_COUNT(parts); i++) all += sm_round_up(n * parts[i].width, SM_ALIGN);
+    for (size_t i = 0; i < SM_COUNT(parts); i++)
+        all += sm_round_up(parts[i].n * parts[i].width, SM_ALIGN);
     s->n_float_bytes = all * sizeof(float);
     s->floats = sm_alloc(s->n_float_bytes);
     s->tokens = sm_calloc(n, sizeof s->tokens[0]);
@@ -58,10 +66,14 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     float *at = s->floats;
     for (size_t i = 0; i < SM_COUNT(parts); i++) {
         *parts[i].at = at;
-        at += sm_round_up(n * parts[i].width, SM_ALIGN);
+        at += sm_round_up(parts[i].n * parts[i].width, SM_ALIGN);
     }
-    size_t k_max = SM_MAX(SM_MAX(n_embd, q_size), (size_t)h->n_ff);
-    return sm_ops_new(s->params.n_threads, n, k_max, s->model->kernels, s->params.timed,
+    if (h->n_expert > 0) {
+        int status = sm_router_new(h, n, &s->buffers.router, err);
+        if (status != SMALLM_OK) return status;
+    }
+    size_t k_max = SM_MAX(SM_MAX(n_embd, q_size), n_ff);
+    return sm_ops_new(s->params.n_threads, n_rows, k_max, s->model->kernels, s->params.timed,
                       &s->ops, err);
 }
 
@@ -97,6 +109,7 @@ void sm_session_free(struct sm_session *s) {
     if (s == NULL) return;
     sm_cache_free(&s->cache);
     sm_ops_free(s->ops);
+    sm_router_free(s->buffers.router);
     sm_free(s->buffers.partial);
     sm_free(s->floats);
     sm_free(s->tokens);
@@ -257,5 +270,6 @@ const struct sm_timers *sm_session_timers(const struct sm_session *s) { return &
 uint64_t sm_session_cache_bytes(const struct sm_session *s) { return s->cache.n_bytes; }
 
 uint64_t sm_session_scratch_bytes(const struct sm_session *s) {
-    return s->n_float_bytes + sm_ops_bytes(s->ops) + s->cap_partial * sizeof(float);
+    return s->n_float_bytes + sm_ops_bytes(s->ops) + sm_router_bytes(s->buffers.router) +
+           s->cap_partial * sizeof(float);
 }

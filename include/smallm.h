@@ -94,10 +94,10 @@ typedef struct smallm_model_info {
     size_t size;
     char architecture[64];
     char formats[256];     /* weight formats by bytes, e.g. "Q4_1 69 %, Q8_0 31 %" */
-    uint64_t n_params;
+    uint64_t n_params;     /* all, those of experts a token does not use included */
     uint64_t n_file_bytes; /* tensor data in the file */
     uint64_t n_packed_bytes;
-    uint64_t n_token_bytes; /* weight bytes read to decode one token */
+    uint64_t n_token_bytes; /* weight bytes read to decode one token: of experts, those of the chosen */
     int32_t n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff, head_size;
     int32_t bos, eos, eot;   /* token ids, -1: none */
     bool add_bos, add_eos;

@@ -49,6 +49,7 @@ MAY_INCLUDE = {
     "timers": {"quants"},
     "ops": {"model", "threads", "kernels", "timers", "os", "peaks"},
     "forward": {"cache", "model", "ops", "mathx"},
+    "experts": {"forward"},
     "mixers": {"forward"},
     "session": {"model", "forward", "cache", "cpu", "timers"},
     "sampler": {"mathx", "peaks"},

@@ -43,13 +43,22 @@
  * O = fma(O, a, o * b), M = M'.  The result is O * (1 / L).
  *
  * expf is expf.h's polynomial, never libm's.  silu(x) = x / (1 + expf(-x)).
+ * sigmoid(x) = 1 / (1 + expf(-x)).
  * gelu(x) = x / (1 + expf(-(x * fma(B, x * x, A)))), A = 2 sqrt(2 / pi), B = 0.044715 A: the tanh
  * form 0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + exp(-2 u)).
+ * swiglu_clamped: g = min(gate, 7), u = max(-7, min(up, 7)), where NaN stays;
+ * out = g / (1 + expf(-(g * 1.702f))) * (u + 1).
  * rms_norm: lanes lane[i % 16] = fma(x_i, x_i, lane), i ascending; ss = tree16;
  * r = 1 / sqrt(ss / n + eps) + (ss - ss), NaN where the squares overflow; out_i = (x_i * r) * w_i.
  * layer_norm: lanes lane[i % 16] += x_i, i ascending; mean = tree16 / n; d_i = x_i - mean; ss, r as
  * above, of d_i; out_i = fma(d_i * r, w_i, b_i).
  * rope on a pair: (x0, x1) -> (fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)).
+ *
+ * Router (route).  Chosen are the n_used experts with the largest logits, of equal ones (-0 = +0) those
+ * with the lower ids, and they are handed on by ascending id.  m = the largest logit;
+ * e_i = expf(l_i - m), of all experts or of the chosen ones alone; l = tree16 of lanes
+ * lane[i % 16] += e_i, i ascending, counted over those; weight_i = (e_i * (1 / l)) * scale.
+ * The experts' results add up in that order: add_scaled, out_r = fma(weight, y_r, out_r).
  */
 #ifndef SM_KERNELS_H
 #define SM_KERNELS_H
@@ -61,6 +70,10 @@
 #define SM_PAGE 64            /* positions of a KV page: a multiple of 16 that divides SM_CHUNK */
 #define SM_CHUNK_PAGES (SM_CHUNK / SM_PAGE)
 #define SM_HEAD_MAX 512       /* largest head size */
+#define SM_EXPERTS_MAX 1024   /* most experts of a layer, and most that a token may use: */
+#define SM_USED_MAX 64
+#define SM_CLAMP_LIMIT 7.0f      /* of swiglu_clamped */
+#define SM_CLAMP_ALPHA 1.702f
 #define SM_GELU_A 0x1.988454p+0f /* the contract's A and B */
 #define SM_GELU_B 0x1.2444f2p-4f
 
@@ -160,7 +173,7 @@ struct sm_kernels {
     void (*kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
                      const float *v, size_t head);
 
-    /* Norms, swiglu and gelu may work in place. */
+    /* Norms, gelu, sigmoid and both swiglus may work in place. */
     void (*rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
     void (*layer_norm)(float *out, const float *x, const float *w, const float *b, size_t n, float eps);
     /* x[0 .. 2 n_pairs) in place, neighbours (x[2 i], x[2 i + 1]) turn by (cos[i], sin[i]). */
@@ -168,9 +181,16 @@ struct sm_kernels {
     /* The same for (x[i], x[i + n_pairs]). */
     void (*rope_halves)(float *x, const float *cos, const float *sin, size_t n_pairs);
     void (*swiglu)(float *out, const float *gate, const float *up, size_t n); /* silu(gate) * up */
+    void (*swiglu_clamped)(float *out, const float *gate, const float *up, size_t n);
     void (*gelu)(float *out, const float *x, size_t n);
+    void (*sigmoid)(float *out, const float *x, size_t n);
     void (*scale)(float *out, const float *x, float a, size_t n);
     void (*add)(float *out, const float *x, size_t n);                        /* out += x */
+    void (*add_scaled)(float *out, const float *x, float a, size_t n);        /* out += a * x */
+    /* ids, weights [n_used] of one token from logits [n_expert]; of_chosen: the softmax is over the
+     * chosen ones alone.  false where a logit is infinite or NaN (nothing is then written). */
+    bool (*route)(uint16_t *ids, float *weights, size_t n_used, const float *logits, size_t n_expert,
+                  bool of_chosen, float scale);
     void (*peaks)(float *out, const float *x, size_t n);                      /* peaks.h */
 };
 

@@ -26,9 +26,14 @@ void SM_NAME(sm_layer_norm)(float *out, const float *x, const float *w, const fl
 void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs);
 void SM_NAME(sm_rope_halves)(float *x, const float *cos, const float *sin, size_t n_pairs);
 void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n);
+void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, size_t n);
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n);
+void SM_NAME(sm_sigmoid)(float *out, const float *x, size_t n);
 void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n);
 void SM_NAME(sm_add)(float *out, const float *x, size_t n);
+void SM_NAME(sm_add_scaled)(float *out, const float *x, float a, size_t n);
+bool SM_NAME(sm_route)(uint16_t *ids, float *weights, size_t n_used, const float *logits,
+                       size_t n_expert, bool of_chosen, float scale);
 void SM_NAME(sm_peaks)(float *out, const float *x, size_t n);
 
 #endif

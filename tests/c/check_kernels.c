@@ -975,6 +975,12 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.gelu(got, got, n);
         compare(tiers[i].name, "gelu in place", got, want, n);
     }
+    for (size_t i = 0; i < n; i++) want[i] = 1.0f / (1.0f + sm_expf(-x[i]));
+    for (size_t i = 0; i < n_tiers; i++) {
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.sigmoid(got, got, n);
+        compare(tiers[i].name, "sigmoid in place", got, want, n);
+    }
     for (size_t i = 0; i < n; i++) want[i] = x[i] / (1.0f + sm_expf(-x[i])) * w[i];
     for (size_t i = 0; i < n_tiers; i++) {
         tiers[i].k.swiglu(got, x, w, n);
@@ -982,6 +988,19 @@ static void case_vector(uint64_t seed) {
         memcpy(got, x, n * sizeof *got);
         tiers[i].k.swiglu(got, got, w, n);
         compare(tiers[i].name, "swiglu in place", got, want, n);
+    }
+    for (size_t i = 0; i < n; i++) { /* beyond the limits, too */
+        cos[i] = 8 * x[i];
+        sin[i] = 8 * w[i];
+        float g = cos[i] > 7 ? 7 : cos[i], u = sin[i] > 7 ? 7 : sin[i] < -7 ? -7 : sin[i];
+        want[i] = g / (1.0f + sm_expf(-(g * 1.702f))) * (u + 1.0f);
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.swiglu_clamped(got, cos, sin, n);
+        compare(tiers[i].name, "swiglu_clamped", got, want, n);
+        memcpy(got, cos, n * sizeof *got);
+        tiers[i].k.swiglu_clamped(got, got, sin, n);
+        compare(tiers[i].name, "swiglu_clamped in place", got, want, n);
     }
     for (size_t i = 0; i < n; i++) want[i] = x[i] * a;
     for (size_t i = 0; i < n_tiers; i++) {
@@ -994,12 +1013,74 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.add(got, x, n);
         compare(tiers[i].name, "add", got, want, n);
     }
+    for (size_t i = 0; i < n; i++) want[i] = sm_fma(a, x[i], w[i]);
+    for (size_t i = 0; i < n_tiers; i++) {
+        memcpy(got, w, n * sizeof *got);
+        tiers[i].k.add_scaled(got, x, a, n);
+        compare(tiers[i].name, "add_scaled", got, want, n);
+    }
     free(x);
     free(w);
     free(want);
     free(got);
     free(cos);
     free(sin);
+}
+
+/* ---- the router ---- */
+
+/* How many experts come before e: those with larger logits, and of equal ones those with lower ids. */
+static size_t rank_of(const float *logits, size_t n_expert, size_t e) {
+    size_t rank = 0;
+    for (size_t i = 0; i < n_expert; i++)
+        rank += logits[i] > logits[e] || (logits[i] == logits[e] && i < e);
+    return rank;
+}
+
+static void case_route(uint64_t seed) {
+    size_t n_expert = 1 + below(seed % 8 == 0 ? SM_EXPERTS_MAX : 130);
+    size_t n_used = 1 + below(SM_MIN(n_expert, SM_USED_MAX));
+    bool of_chosen = below(2) != 0;
+    float scale = below(2) ? 1.0f : 2.5f, *logits = floats(n_expert), *e = floats(n_expert);
+    fill(logits, n_expert, FILL_USUAL);
+    for (size_t i = 0; i < n_expert && below(2); i++) /* ties, also between zeros of both signs */
+        logits[i] = below(2) ? (float)(int)(3 * logits[i]) : copysignf(0, logits[i]);
+    snprintf(shape, sizeof shape, "%zu of %zu experts", n_used, n_expert);
+
+    uint16_t ids[SM_USED_MAX];
+    float want[SM_USED_MAX], got[SM_USED_MAX], lane[16] = {0}, m = -INFINITY;
+    double sum = 0;
+    for (size_t i = 0; i < n_expert; i++) m = fmaxf(m, logits[i]);
+    size_t n = 0, counted = 0;
+    for (size_t i = 0; i < n_expert; i++) {
+        bool chosen = rank_of(logits, n_expert, i) < n_used;
+        e[i] = sm_expf(logits[i] - m);
+        if (chosen) ids[n++] = (uint16_t)i;
+        if (chosen || !of_chosen) lane[counted++ % 16] += e[i];
+        if (chosen || !of_chosen) sum += exp((double)logits[i] - m);
+    }
+    float r = 1.0f / ref_tree16(lane);
+    for (size_t i = 0; i < n_used; i++) {
+        want[i] = e[ids[i]] * r * scale;
+        double below_m = (double)m - logits[ids[i]]; /* rounded to float before expf */
+        double exact = exp(-below_m) / sum * scale;
+        if (fabs(want[i] - exact) > (1e-6 + 1e-7 * below_m) * exact + 1e-37) fail("route", "not the softmax");
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        uint16_t found[SM_USED_MAX];
+        if (!tiers[i].k.route(found, got, n_used, logits, n_expert, of_chosen, scale))
+            fail(tiers[i].name, "finite logits are refused");
+        if (memcmp(found, ids, n_used * sizeof ids[0]) != 0) fail(tiers[i].name, "other experts");
+        compare(tiers[i].name, "route", got, want, n_used);
+        size_t bad = below(n_expert);
+        float good = logits[bad];
+        logits[bad] = below(2) ? NAN : below(2) ? INFINITY : -INFINITY;
+        if (tiers[i].k.route(found, got, n_used, logits, n_expert, of_chosen, scale))
+            fail(tiers[i].name, "a logit that is not finite");
+        logits[bad] = good;
+    }
+    free(logits);
+    free(e);
 }
 
 /* ---- the choice of a tier ---- */
@@ -1344,6 +1425,7 @@ static const struct {
     {"kv_store", case_kv_store, 2000, 100},
     {"vector", case_vector, 2000, 100},
     {"peaks", case_peaks, 1000, 50},
+    {"route", case_route, 1000, 50},
     {"dispatch", case_dispatch, 1, 1},
 };
 

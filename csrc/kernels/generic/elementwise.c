@@ -57,9 +57,22 @@ void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n
     for (size_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + sm_expf(-gate[i])) * up[i];
 }
 
+void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) { /* the comparisons let NaN pass */
+        float g = gate[i] > SM_CLAMP_LIMIT ? SM_CLAMP_LIMIT : gate[i];
+        float u = up[i] > SM_CLAMP_LIMIT ? SM_CLAMP_LIMIT : up[i];
+        u = u < -SM_CLAMP_LIMIT ? -SM_CLAMP_LIMIT : u;
+        out[i] = g / (1.0f + sm_expf(-(g * SM_CLAMP_ALPHA))) * (u + 1.0f);
+    }
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++)
         out[i] = x[i] / (1.0f + sm_expf(-(x[i] * sm_fma(SM_GELU_B, x[i] * x[i], SM_GELU_A))));
+}
+
+void SM_NAME(sm_sigmoid)(float *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = 1.0f / (1.0f + sm_expf(-x[i]));
 }
 
 void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n) {
@@ -68,6 +81,43 @@ void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n) {
 
 void SM_NAME(sm_add)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] += x[i];
+}
+
+void SM_NAME(sm_add_scaled)(float *out, const float *x, float a, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = sm_fma(a, x[i], out[i]);
+}
+
+/* ids [n_used] ascending: the largest logits, of equal ones the lower ids. */
+static void choose(uint16_t *ids, size_t n_used, const float *logits, size_t n_expert) {
+    uint16_t best[SM_USED_MAX]; /* [n] largest first */
+    size_t n = 0;
+    for (size_t e = 0; e < n_expert; e++) {
+        if (n == n_used && !(logits[e] > logits[best[n - 1]])) continue;
+        size_t at = n < n_used ? n++ : n - 1;
+        for (; at > 0 && logits[e] > logits[best[at - 1]]; at--) best[at] = best[at - 1];
+        best[at] = (uint16_t)e;
+    }
+    for (size_t i = 0; i < n_used; i++) {
+        size_t at = i;
+        for (; at > 0 && ids[at - 1] > best[i]; at--) ids[at] = ids[at - 1];
+        ids[at] = best[i];
+    }
+}
+
+bool SM_NAME(sm_route)(uint16_t *ids, float *weights, size_t n_used, const float *logits,
+                       size_t n_expert, bool of_chosen, float scale) {
+    float m = logits[0], lane[16] = {0};
+    for (size_t e = 0; e < n_expert; e++) {
+        if (!isfinite(logits[e])) return false;
+        m = logits[e] > m ? logits[e] : m;
+    }
+    choose(ids, n_used, logits, n_expert);
+    for (size_t i = 0; i < n_used; i++) weights[i] = sm_expf(logits[ids[i]] - m);
+    for (size_t i = 0; i < (of_chosen ? n_used : n_expert); i++)
+        lane[i % 16] += of_chosen ? weights[i] : sm_expf(logits[i] - m);
+    float r = 1.0f / tree16(lane);
+    for (size_t i = 0; i < n_used; i++) weights[i] = weights[i] * r * scale;
+    return true;
 }
 
 void SM_NAME(sm_peaks)(float *out, const float *x, size_t n) { sm_peaks(out, x, n); }

@@ -17,9 +17,13 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
         .rope_pairs = SM_NAME(sm_rope_pairs),
         .rope_halves = SM_NAME(sm_rope_halves),
         .swiglu = SM_NAME(sm_swiglu),
+        .swiglu_clamped = SM_NAME(sm_swiglu_clamped),
         .gelu = SM_NAME(sm_gelu),
+        .sigmoid = SM_NAME(sm_sigmoid),
         .scale = SM_NAME(sm_scale),
         .add = SM_NAME(sm_add),
+        .add_scaled = SM_NAME(sm_add_scaled),
+        .route = SM_NAME(sm_route),
         .peaks = SM_NAME(sm_peaks),
     };
     SM_NAME(sm_init_matmul)(k);

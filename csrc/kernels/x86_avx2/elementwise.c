@@ -96,6 +96,19 @@ void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n
     }
 }
 
+/* min_ps and max_ps return their second operand where it is NaN. */
+void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, size_t n) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
+    const __m256 limit = _mm256_set1_ps(SM_CLAMP_LIMIT), alpha = _mm256_set1_ps(SM_CLAMP_ALPHA);
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 g = _mm256_min_ps(limit, load(gate, i, n));
+        __m256 u = _mm256_min_ps(limit, load(up, i, n));
+        u = _mm256_max_ps(_mm256_xor_ps(limit, sign), u);
+        __m256 e = expf8(_mm256_xor_ps(_mm256_mul_ps(g, alpha), sign));
+        store(out, i, n, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)), _mm256_add_ps(u, one)));
+    }
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
     for (size_t i = 0; i < n; i += 8) {

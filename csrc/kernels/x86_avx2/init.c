@@ -12,6 +12,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->rope_pairs = SM_NAME(sm_rope_pairs);
     k->rope_halves = SM_NAME(sm_rope_halves);
     k->swiglu = SM_NAME(sm_swiglu);
+    k->swiglu_clamped = SM_NAME(sm_swiglu_clamped);
     k->gelu = SM_NAME(sm_gelu);
     k->peaks = SM_NAME(sm_peaks);
     SM_NAME(sm_init_matmul)(k);

@@ -1,4 +1,4 @@
-/* SwiGLU and GELU on vectors of 16, the last one masked.  Norms and rotations gain nothing over
+/* SwiGLU, also clamped, and GELU on vectors of 16, the last one masked.  Norms and rotations gain nothing over
  * AVX2. */
 #include "../tier.h"
 #include "expf.h"
@@ -16,6 +16,21 @@ void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n
         __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, expf16(_mm512_xor_ps(g, sign))));
         _mm512_mask_storeu_ps(out + i, mask,
                               _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i)));
+    }
+}
+
+/* min_ps and max_ps return their second operand where it is NaN. */
+void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, size_t n) {
+    const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
+    const __m512 limit = _mm512_set1_ps(SM_CLAMP_LIMIT), alpha = _mm512_set1_ps(SM_CLAMP_ALPHA);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(i, n);
+        __m512 g = _mm512_min_ps(limit, _mm512_maskz_loadu_ps(mask, gate + i));
+        __m512 u = _mm512_min_ps(limit, _mm512_maskz_loadu_ps(mask, up + i));
+        u = _mm512_max_ps(_mm512_xor_ps(limit, sign), u);
+        __m512 e = expf16(_mm512_xor_ps(_mm512_mul_ps(g, alpha), sign));
+        g = _mm512_div_ps(g, _mm512_add_ps(one, e));
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(g, _mm512_add_ps(u, one)));
     }
 }
 

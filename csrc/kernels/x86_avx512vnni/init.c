@@ -7,6 +7,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->prepare[SM_ACT_Q8_256] = SM_NAME(sm_prepare_q8_256);
     k->attend = SM_NAME(sm_attend);
     k->swiglu = SM_NAME(sm_swiglu);
+    k->swiglu_clamped = SM_NAME(sm_swiglu_clamped);
     k->gelu = SM_NAME(sm_gelu);
     SM_NAME(sm_init_matmul)(k);
 }
