@@ -186,6 +186,43 @@ def paired_queries(m: re.Match[str], c: Config) -> list[Piece]:
     return [Piece(f"blk.{layer}.attn_{which}.{kind}", pairs(n_head))]
 
 
+def experts(c: Config) -> Keys:
+    """How many experts there are, how many a token uses, and the width of one."""
+    return {
+        "expert_count": c.integer("num_experts", "num_local_experts"),
+        "expert_used_count": c.integer("num_experts_per_tok", "experts_per_token"),
+        "expert_feed_forward_length": c.integer("moe_intermediate_size", "intermediate_size"),
+    }
+
+
+def shared_expert(c: Config) -> Keys:
+    """The width of the expert that all tokens use; 0: there is none."""
+    width = c.integer("shared_expert_intermediate_size", "shared_intermediate_size", default=0)
+    return {"expert_shared_feed_forward_length": width} if width else {}
+
+
+def normed_weights(wanted: bool) -> Callable[[Config], Keys]:
+    """No key: whether the chosen experts' weights are divided by their sum goes with the
+    architecture, so that the other choice is refused."""
+
+    def read(c: Config) -> Keys:
+        if bool(c.get("norm_topk_prob", default=False)) is not wanted:
+            raise c.refuse("norm_topk_prob", (wanted,))
+        return {}
+
+    return read
+
+
+def one_expert(m: re.Match[str], c: Config) -> list[Piece]:
+    layer, expert, which = m.groups()
+    return [Piece(f"blk.{layer}.ffn_{which}_exps.weight", part=int(expert))]
+
+
+EXPERTS: Rule = (
+    r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight",
+    one_expert,
+)
+
 DROPPED: Iterable[Rule] = (
     # Tables that old checkpoints stored and every implementation computes.
     (r".*\.rotary_emb\.inv_freq", lambda m, c: []),
@@ -207,6 +244,24 @@ FAMILIES: tuple[Family, ...] = (
         ("Qwen2ForCausalLM",),
         (base, ffn, rms_norm, rope),
         expect={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+    ),
+    Family(
+        "qwen2moe",
+        ("Qwen2MoeForCausalLM",),
+        (base, ffn, rms_norm, rope, experts, shared_expert, normed_weights(False)),
+        expect={
+            "hidden_act": ("silu",),
+            "use_sliding_window": (False,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([],),
+        },
+        rules=(
+            EXPERTS,
+            (
+                r"model\.layers\.(\d+)\.mlp\.shared_expert_gate\.weight",
+                lambda m, c: [Piece(f"blk.{m[1]}.ffn_gate_inp_shexp.weight", lambda x: x[0])],
+            ),
+        ),
     ),
     Family(
         "phi2",

@@ -76,7 +76,11 @@ def describe(case: Case, folder: Path) -> dict[str, Any]:
 def load(case: Case, folder: Path) -> Any:
     """The model in float64 with the folder's weights, all of them and nothing else."""
     model, told = case.model.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+        folder,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     wrong = {key: value for key, value in told.items() if value}
     if wrong:
