@@ -369,6 +369,9 @@ INLINE void run_scaled_tile(struct sm_layout f, const struct scaled_tile *a) {
     for (size_t b = 0; b < a->n_blocks; b++) {
         const uint8_t *block = a->panel + b * sm_layout_bytes(f);
         const __m512 dw = load_f16(block);
+        __m512 scale[TOKENS]; /* in memory: the sums fill the registers */
+        for (int t = 0; t < TOKENS; t++)
+            scale[t] = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
         for (size_t i = b * per_block; i < (b + 1) * per_block; i++) {
             if (i + RING - 1 < n) start_scaled(f, a, i + RING - 1);
 #pragma GCC unroll 16
@@ -378,8 +381,7 @@ INLINE void run_scaled_tile(struct sm_layout f, const struct scaled_tile *a) {
                     __m512i high = _mm512_load_si512(a->ring[i % RING][1][t]);
                     sum = _mm512_add_epi32(sum, _mm512_slli_epi32(high, 7));
                 }
-                __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
-                acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[t]);
+                acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale[t], acc[t]);
             }
         }
         if (!f.mins) continue;
@@ -431,7 +433,7 @@ INLINE void run_scaled(struct sm_layout f, const struct sm_matmul *m, size_t n_t
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m, sm_matmul_fn *few) {
     const bool scaled = f.scales != SM_SCALES_NONE;
     size_t done = m->n_tokens / TOKENS * TOKENS;
-    const size_t least = !scaled ? HALF : f.group >= 128 ? TOKENS : 2 * TOKENS;
+    const size_t least = !scaled ? HALF : f.group >= 64 ? TOKENS : 2 * TOKENS;
     if (m->n_tokens < least) {
         few(m);
         return;
