@@ -22,6 +22,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -168,6 +169,39 @@ def from_hub(name: str, report: Progress) -> tuple[list[File], str, str]:
             "hf:user/repo:file.gguf"
         )
     repo, wanted = match.groups()
+
+    def names(files: list[str]) -> list[str]:
+        folder, slash, last = choose(name, files, wanted).rpartition("/")
+        return [folder + slash + part for part in parts_of(last)]
+
+    files, tags = _fetch_from_hub(name, repo, names, report)
+    title = f"{repo} {os.path.basename(files[0]['path'])}"
+    return files, title, license_of(tags)
+
+
+CHECKPOINT = re.compile(r"[^/]+\.(?:safetensors|json|model|jinja)")
+
+
+def checkpoint_from_hub(name: str, report: Progress) -> Path:
+    """The folder of "hf:user/repo" in the hub's own cache, with what a conversion reads."""
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)", name)
+    if match is None:
+        raise ModelNotFoundError(f"{name!r}: write hf:user/repo")
+
+    def names(files: list[str]) -> list[str]:
+        found = sorted(file for file in files if CHECKPOINT.fullmatch(file))
+        if "config.json" not in found:
+            raise ModelNotFoundError(f"{name}: the repository has no config.json")
+        return found
+
+    files, _ = _fetch_from_hub(name, match[1], names, report)
+    return Path(files[0]["path"]).parent
+
+
+def _fetch_from_hub(
+    name: str, repo: str, choose_names: Callable[[list[str]], list[str]], report: Progress
+) -> tuple[list[File], Sequence[str]]:
+    """The chosen files of a repository, checked, and the repository's tags."""
     try:
         import huggingface_hub as hub
     except ImportError:
@@ -178,9 +212,7 @@ def from_hub(name: str, report: Progress) -> tuple[list[File], str, str]:
     try:
         info = hub.HfApi().model_info(repo, files_metadata=True)
         siblings = {file.rfilename: file for file in info.siblings or ()}
-        first = choose(name, list(siblings), wanted)
-        folder, slash, last = first.rpartition("/")
-        names = [folder + slash + part for part in parts_of(last)]
+        names = choose_names(list(siblings))
         missing = [n for n in names if n not in siblings]
         if missing or len(names) > MAX_PARTS:
             raise DownloadError(f"{name}: {len(names)} parts, of which {missing[:3]} are missing")
@@ -204,7 +236,7 @@ def from_hub(name: str, report: Progress) -> tuple[list[File], str, str]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise DownloadError(f"{name}: {type(error).__name__}: {reason}") from error
-    return files, f"{repo} {os.path.basename(names[0])}", license_of(info.tags or ())
+    return files, info.tags or ()
 
 
 def choose(name: str, files: list[str], wanted: str | None) -> str:

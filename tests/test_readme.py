@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import goldens
 import pytest
 
 import smallm
+from smallm.convert import TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,10 +90,25 @@ def test_readme_shell_and_c(smollm2: smallm.Model, tmp_path: Path) -> None:
     compiler()
     (tmp_path / "hello.c").write_text(blocks("c")[0], encoding="utf-8")
     for text in blocks("sh"):
+        if "smallm convert" in text:
+            continue  # the next test
         done = run(["bash", "-e", "-c", text], tmp_path)
         assert "Traceback" not in done.stderr
         assert smollm2.info.path in done.stdout or "Paris" in done.stdout
     compiled(tmp_path / "hello.c", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_readme_convert(tmp_path: Path) -> None:
+    """With a small random checkpoint in place of the real one."""
+    (text,) = (text for text in blocks("sh") if "smallm convert" in text)
+    spec = json.loads((goldens.HERE / "llama.json").read_text(encoding="utf-8"))
+    goldens.write_folder(spec, "llama", tmp_path / "SmolLM2-135M-Instruct")
+    done = run(["bash", "-e", "-c", text], tmp_path)
+    first, _, answer = done.stdout.partition("\n")
+    assert first == "smollm2.gguf" and answer.strip()
+    for name in TYPES:
+        assert f"`{name}`" in README
 
 
 def test_readme_names_every_parameter_and_exception() -> None:

@@ -364,6 +364,32 @@ def doctor(model: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source", type=click.Path())
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option(
+    "--type",
+    "type_name",
+    default="f16",
+    show_default=True,
+    help="Format of the matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(source: str, out: str, type_name: str, as_json: bool) -> None:
+    """Convert a Hugging Face checkpoint, a folder or hf:user/repo, into the GGUF file OUT.
+
+    \b
+    smallm convert SmolLM2-135M-Instruct smollm2.gguf --type q8_0
+    """
+    from ..convert import convert as convert_folder
+
+    path = convert_folder(source, out, type=type_name)
+    if as_json:
+        print_json({"path": str(path), "size": path.stat().st_size, "type": type_name.lower()})
+        return
+    click.echo(path)
+
+
+@cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that completes smallm's words in a shell.

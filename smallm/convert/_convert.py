@@ -15,12 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from .._catalog import Progress, _shown
-from .._errors import CorruptModelError, ModelNotFoundError, SmallmError, UnsupportedModelError
+from .._catalog import Progress, _shown, is_offline
+from .._errors import (
+    CorruptModelError,
+    DownloadError,
+    ModelNotFoundError,
+    SmallmError,
+    UnsupportedModelError,
+)
 from ._checkpoint import Tensor, open_checkpoint
 from ._config import Config, read_json
 from ._families import DROPPED, Array, Family, Keys, Piece, find
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
-BLOCK_BYTES = 1 << 22  # of float32 that are encoded at a time
+BLOCK_BYTES = 1 << 20  # of float32 that are encoded at a time
 # Matrices that stay F32: small, and read value by value or feeding a choice.
 FLOAT32 = re.compile(
     r".*(?:_norm\.weight|\.ffn_gate_inp(?:_shexp)?\.weight|\.ssm_conv1d\.weight"
@@ -105,7 +111,8 @@ def convert(
 ) -> Path:
     """Converts a Hugging Face checkpoint into one GGUF file and gives the file's path.
 
-    source: a folder with config.json, safetensors files and tokenizer files.
+    source: a folder with config.json, safetensors files and tokenizer files, or "hf:user/repo",
+        which is fetched into the hub's own cache (and needs the extra `hf`).
     out: the file to write; one that is there is replaced at the end.
     type: format of the matrices, one of TYPES.  Norms and biases are F32; rows that do not divide
         into the format's blocks are F16; with the 4- and 5-bit formats the output head is Q8_0.
@@ -118,20 +125,61 @@ def convert(
     if type.lower() not in TYPES:
         raise ValueError(f"type is {type!r}; smallm convert writes {', '.join(TYPES)}")
     _need()
-    folder, target = Path(source), Path(out)
-    if not folder.is_dir():
-        raise ModelNotFoundError(f"{folder}: no such folder")
+    folder, target = _folder(source, progress), Path(out)
+    if not target.parent.is_dir():
+        raise ModelNotFoundError(f"{target.parent}: no such folder")
     config = Config(folder / "config.json", read_json(folder / "config.json"))
     family = find(config)
     tensors = plan(config, family, open_checkpoint(folder), type.upper())
     table = next(t for t in tensors if t.name == "token_embd.weight")
-    keys: Keys = {"general.name": folder.resolve().name, "general.type": "model"}
+    name = source.rsplit("/", 1)[-1] if _is_remote(source) else folder.resolve().name
+    keys = _general(name, folder)
     for read in family.keys:
         keys |= {f"{family.arch}.{key}": value for key, value in read(config).items()}
     keys |= read_tokenizer(folder, config, table.shape[0])
     with _shown(target.name, progress) as report:
         _write(target, family.arch, keys, tensors, type.upper(), report)
     return target
+
+
+# Keys of generation_config.json that GGUF has names for.
+_SAMPLING = {
+    "temperature": ("temp", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("penalty_repeat", float),
+}
+
+
+def _general(name: str, folder: Path) -> Keys:
+    """general.*: the model's name and how it wants to be sampled."""
+    keys: Keys = {"general.type": "model", "general.name": name}
+    path = folder / "generation_config.json"
+    wanted = read_json(path) if path.exists() else {}
+    for key, (ggml, kind) in _SAMPLING.items():
+        value = wanted.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            keys[f"general.sampling.{ggml}"] = kind(value)
+    return keys
+
+
+def _is_remote(source: str | os.PathLike[str]) -> TypeGuard[str]:
+    return isinstance(source, str) and source.startswith("hf:")
+
+
+def _folder(source: str | os.PathLike[str], progress: Progress | bool | None) -> Path:
+    if _is_remote(source):
+        if is_offline(False):
+            raise DownloadError(f"{source}: offline mode forbids fetching it")
+        from .._download import checkpoint_from_hub
+
+        with _shown(source, progress) as report:
+            return checkpoint_from_hub(source, report)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ModelNotFoundError(f'{folder}: no such folder; or give "hf:user/repo"')
+    return folder
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -151,6 +199,7 @@ def plan(
             sources.setdefault(piece.target, []).append(Source(tensor, piece))
     if "token_embd.weight" not in sources:
         raise CorruptModelError(f"{config.path.parent}: no tensor is the embedding table")
+    _judge_layers(config, family, set(sources))
     has_head = "output.weight" in sources
     targets = []
     for name, found in sources.items():
@@ -173,7 +222,28 @@ def plan(
     f32 = _ggml("F32")
     for name, values in family.extra(config).items():
         targets.append(Target(name, values.shape, f32, (), values.astype(np.float32)))
-    return sorted(targets, key=lambda t: [int(p) if p.isdigit() else -1 for p in t.name.split(".")])
+    return sorted(targets, key=_place)
+
+
+def _place(target: Target) -> tuple[int, str]:
+    """Tensors of no layer come first, then layer by layer."""
+    match = re.match(r"blk\.(\d+)\.", target.name)
+    return (int(match[1]) if match is not None else -1), target.name
+
+
+def _judge_layers(config: Config, family: Family, names: set[str]) -> None:
+    layers: dict[int, set[str]] = {i: set() for i in range(config.n_layer)}
+    for name in names:
+        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+        if match is not None:
+            layers.setdefault(int(match[1]), set()).add(match[2])
+    every = set().union(*layers.values()) if family.uniform else set()
+    for i, found in layers.items():
+        lacking = sorted(every - found) or ([] if found else ["its tensors"])
+        if lacking:
+            raise CorruptModelError(
+                f"{config.path.parent}: layer {i} of {config.n_layer} lacks {', '.join(lacking)}"
+            )
 
 
 def _lookup(family: Family, config: Config) -> Callable[[str, Tensor], list[Piece]]:

@@ -60,6 +60,8 @@ class Family:
     keys: tuple[Callable[[Config], Keys], ...]
     expect: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    # Every layer has the same tensors: where one lacks another's, the checkpoint is incomplete.
+    uniform: bool = True
     # Tensors that the file has and the checkpoint has not: name -> float32 values.
     extra: Callable[[Config], Mapping[str, Array]] = lambda config: {}
 
@@ -120,6 +122,16 @@ def rope_parameters(c: Config) -> dict[str, Any]:
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
+def rope_number(c: Config, parameters: Mapping[str, Any], name: str) -> float:
+    value = parameters.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CorruptModelError(
+            f"{c.path}: the {name} of the rope scaling {parameters['rope_type']} is {value!r}; "
+            "a number is wanted"
+        )
+    return float(value)
+
+
 def rope(c: Config) -> Keys:
     """Base, turned dimensions and scaling.  llama3's factors are a tensor: see `rope_factors`."""
     parameters = rope_parameters(c)
@@ -136,7 +148,7 @@ def rope(c: Config) -> Keys:
     if kind == "linear":
         keys |= {
             "rope.scaling.type": "linear",
-            "rope.scaling.factor": float(parameters["factor"]),
+            "rope.scaling.factor": rope_number(c, parameters, "factor"),
         }
     return keys
 
@@ -148,16 +160,15 @@ def rope_factors(c: Config) -> dict[str, Array]:
     p = rope_parameters(c)
     if p["rope_type"] != "llama3":
         return {}
-    names = (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
+    factor, low, high, context = (
+        rope_number(c, p, name)
+        for name in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
     )
-    missing = [name for name in names if not isinstance(p.get(name), (int, float))]
-    if missing:
-        raise CorruptModelError(f"{c.path}: the rope scaling llama3 has no {missing[0]}")
-    factor, low, high, context = (float(p[name]) for name in names)
     n_rot = int(c.head * p.get("partial_rotary_factor", 1.0))
     frequency = float(p.get("rope_theta", 10000.0)) ** -(np.arange(0, n_rot, 2) / n_rot)
     wave = 2 * math.pi / frequency

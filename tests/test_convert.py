@@ -1,0 +1,716 @@
+"""smallm.convert: folders to files.  That the files answer rightly is test_golden.py's part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import goldens
+import numpy as np
+import pytest
+import safetensors.numpy
+import sentencepiece
+import tokenizers
+from gguf import GGMLQuantizationType as GgmlType
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import smallm
+from smallm.convert import TYPES, convert
+from smallm.convert._tokenizer import PRES
+
+SPEC = json.loads((goldens.HERE / "llama.json").read_text(encoding="utf-8"))
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The golden "llama" as a checkpoint: float16, head of its own, byte-level tokenizer."""
+    return goldens.write_folder(SPEC, "llama", tmp_path / "folder")
+
+
+def edit(folder: Path, change: Callable[[Tensors], Any]) -> None:
+    """Changes the checkpoint's tensors."""
+    path = folder / "model.safetensors"
+    tensors = dict(safetensors.numpy.load_file(path))
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Changes keys; None drops one."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content.update(values)
+    kept = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys' values and tensors of a file."""
+    reader = gguf.GGUFReader(path)
+    return {n: f.contents() for n, f in reader.fields.items()}, {t.name: t for t in reader.tensors}
+
+
+# ---- two commands --------------------------------------------------------------------------------
+
+
+def test_a_folder_goes_through_convert_and_run(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+
+    def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-m", "smallm", *words]
+        return subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
+
+    done = command("convert", folder, out, "--type", "Q8_0")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
+    done = command("run", "--raw", "-m", out, "-n", "8", "--temp", "0", "On the")
+    assert done.returncode == 0 and done.stdout.strip()
+
+    done = command("convert", folder, out, "--type", "q4_k_m")
+    assert done.returncode == 1 and "q4_k_m" in done.stderr and "q8_0" in done.stderr
+    answer = json.loads(command("convert", folder, out, "--json").stdout)
+    assert answer == {"path": str(out), "size": out.stat().st_size, "type": "f16"}
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_types(folder: Path, tmp_path: Path, type_name: str) -> None:
+    path = convert(folder, tmp_path / "m.gguf", type=type_name, progress=False)
+    keys, tensors = read(path)
+    assert keys["general.file_type"] == {
+        "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32
+    }[type_name]  # fmt: skip
+    for name, tensor in tensors.items():
+        wanted = type_name.upper() if name.endswith(".weight") and "norm" not in name else "F32"
+        if name == "output.weight" and wanted[:2] in ("Q4", "Q5"):
+            wanted = "Q8_0"
+        assert tensor.tensor_type.name == wanted, name
+    name, source = "blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"
+    values = goldens.weights("llama", source, *SPEC["tensors"][source]).astype(np.float32)
+    expected = gguf.quants.quantize(values, GgmlType[type_name.upper()])
+    assert np.array_equal(
+        np.asarray(tensors[name].data).view(np.uint8), np.ascontiguousarray(expected).view(np.uint8)
+    )
+    golden = goldens.Golden("llama")
+    with smallm.load(path, threads=2) as model:
+        off = model.logits(golden.ids)[golden.rows] - golden.logits
+    bits = {"f": 0.01, "b": 0.1}.get(type_name[0]) or {"8": 0.07, "5": 0.4, "4": 0.8}[type_name[1]]
+    assert np.sqrt(np.mean(off**2)) < bits * golden.logits.std()
+
+
+def test_a_tied_table_is_the_head_and_rows_that_do_not_divide(tmp_path: Path) -> None:
+    spec = json.loads((goldens.HERE / "llama-3.1.json").read_text(encoding="utf-8"))
+    folder = goldens.write_folder(spec, "llama-3.1", tmp_path / "folder")
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    _, tensors = read(convert(folder, tmp_path / "m.gguf", type="q4_0", progress=False))
+    assert "output.weight" not in tensors
+    assert tensors["token_embd.weight"].tensor_type == GgmlType.Q8_0
+    assert tensors["blk.0.attn_q.weight"].tensor_type == GgmlType.Q4_0
+    assert tensors["rope_freqs.weight"].tensor_type == GgmlType.F32
+
+    wide = json.loads(json.dumps(SPEC))
+    wide["config"] |= {"intermediate_size": 40}
+    for name, what in wide["tensors"].items():
+        if ".mlp." in name:
+            what[0] = [64, 40] if "down" in name else [40, 64]
+    folder = goldens.write_folder(wide, "llama", tmp_path / "wide")
+    _, tensors = read(convert(folder, tmp_path / "w.gguf", type="q8_0", progress=False))
+    assert tensors["blk.0.ffn_down.weight"].tensor_type == GgmlType.F16
+    assert tensors["blk.0.ffn_up.weight"].tensor_type == GgmlType.Q8_0
+    smallm.load(tmp_path / "w.gguf").close()
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 values: bfloat16 as numpy can hold it."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def write_bf16(path: Path, tensors: Tensors) -> None:
+    """A safetensors file of bfloat16 tensors."""
+    header, data = {}, b""
+    for name, values in tensors.items():
+        raw = to_bf16(values).tobytes()
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(values.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_shards_and_types_of_checkpoints(folder: Path, tmp_path: Path) -> None:
+    """One file or several, float32 or float16: the same bytes; bfloat16 keeps what it can hold."""
+    whole = convert(folder, tmp_path / "a.gguf", type="f32", progress=False).read_bytes()
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    path.unlink()
+    places = {}
+    for i, name in enumerate(sorted(tensors)):
+        places[name] = f"model-0000{i % 3 + 1}-of-00003.safetensors"
+    for file in set(places.values()):
+        part = {n: t.astype(np.float32) for n, t in tensors.items() if places[n] == file}
+        safetensors.numpy.save_file(part, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    assert convert(folder, tmp_path / "b.gguf", type="f32", progress=False).read_bytes() == whole
+
+    index.unlink()
+    write_bf16(path, tensors)
+    _, written = read(convert(folder, tmp_path / "c.gguf", type="bf16", progress=False))
+    name, source = "blk.0.ffn_up.weight", "model.layers.0.mlp.up_proj.weight"
+    assert np.array_equal(np.asarray(written[name].data).view(np.uint16), to_bf16(tensors[source]))
+
+
+def test_memory_is_about_one_tensor(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "warm.gguf", type="q8_0", progress=False)
+    n_ff = 1 << 15
+    rows = np.ones((n_ff, 64), np.float16)
+    rows[-1, -1] = 3
+
+    def widen(tensors: Tensors) -> None:
+        for i in range(2):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                wide = rows if name != "down_proj" else np.ascontiguousarray(rows.T)
+                tensors[f"model.layers.{i}.mlp.{name}.weight"] = wide
+
+    edit(folder, widen)
+    edit_json(folder / "config.json", intermediate_size=n_ff)
+    tracemalloc.start()
+    convert(folder, tmp_path / "m.gguf", type="q8_0", progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * rows.size  # one of these in float32; all in float16 are three times that
+    _, tensors = read(tmp_path / "m.gguf")
+    for name in ("blk.0.ffn_up.weight", "blk.1.ffn_gate.weight"):
+        values = gguf.quants.dequantize(tensors[name].data, GgmlType.Q8_0)
+        assert abs(values - rows).max() < 0.02
+
+
+def test_progress_counts_every_byte(folder: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    path = convert(folder, tmp_path / "m.gguf", progress=lambda *at: seen.append(at))
+    total = sum(t.n_bytes for t in read(path)[1].values())
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (total, total)
+
+
+# ---- a file is whole or not there ----------------------------------------------------------------
+
+
+def poison(tensors: Tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = np.nan
+
+
+def test_a_failure_leaves_what_was_there(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    out.write_bytes(b"before")
+    edit(folder, poison)
+    with pytest.raises(smallm.CorruptModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        convert(folder, out, progress=False)
+    assert out.read_bytes() == b"before" and set(tmp_path.iterdir()) == {folder, out}
+
+    def stop(done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, out, progress=stop)
+    assert out.read_bytes() == b"before" and set(tmp_path.iterdir()) == {folder, out}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_kill_leaves_no_broken_file(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    code = (
+        "import os, signal, sys\n"
+        "from smallm.convert import convert\n"
+        "convert(sys.argv[1], sys.argv[2], progress=lambda done, total: done > total // 2 and "
+        "os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder, out], cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL and not out.exists()
+    assert [p.suffix for p in tmp_path.iterdir() if p != folder] == [".part"]
+
+
+def test_an_out_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(smallm.ModelNotFoundError, match="nowhere"):
+        convert(folder, tmp_path / "nowhere" / "m.gguf")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        convert(folder, tmp_path / "taken", progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "taken"]
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+REFUSALS = (smallm.UnsupportedModelError, smallm.CorruptModelError, smallm.ModelNotFoundError)
+
+
+def refusal(folder: Path, type_name: str = "f16") -> str:
+    out = folder.parent / "refused.gguf"
+    with pytest.raises(REFUSALS) as caught:
+        convert(folder, out, type=type_name, progress=False)
+    assert [p for p in folder.parent.iterdir() if p != folder] == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"architectures": ["NeverForCausalLM"]}, ["NeverForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": None}, ["architectures", "LlamaForCausalLM"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+        ({"num_hidden_layers": 1}, ["model.layers.1", "llama"]),
+        ({"num_hidden_layers": 3}, ["layer 2"]),
+        ({"num_hidden_layers": "2"}, ["num_hidden_layers"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"num_attention_heads": 5}, ["q_proj"]),
+        ({"rope_parameters": {"rope_type": "spiral"}}, ["spiral", "llama3"]),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ["llama3", "factor"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["linear", "factor"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configs_that_are_refused(folder: Path, values: dict[str, Any], says: list[str]) -> None:
+    edit_json(folder / "config.json", **values)
+    message = refusal(folder)
+    assert all(part in message for part in says), message
+
+
+def drop(name: str) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def add(name: str, *shape: int) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.update({name: np.zeros(shape, np.float16)})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (drop("model.embed_tokens.weight"), "embedding"),
+        (drop("model.layers.1.mlp.up_proj.weight"), "layer 1 of 2 lacks ffn_up.weight"),
+        (add("model.layers.0.self_attn.extra.weight", 4), "self_attn.extra.weight"),
+        (add("model.layers.2.mlp.up_proj.weight", 96, 64), "model.layers.2"),
+        (add("model.layers.0.self_attn.q_proj.weight", 6, 64), "q_proj.weight has the shape"),
+        (poison, "model.layers.1.mlp.up_proj.weight"),
+    ],
+    ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
+)
+def test_tensors_that_are_refused(
+    folder: Path, change: Callable[[Tensors], Any], says: str
+) -> None:
+    edit(folder, change)
+    assert says in refusal(folder)
+
+
+def test_values_beyond_float16(folder: Path, tmp_path: Path) -> None:
+    def scale(tensors: Tensors) -> None:
+        large = tensors["lm_head.weight"].astype(np.float32)
+        large[7, 7] = 1e5
+        tensors["lm_head.weight"] = large
+
+    edit(folder, scale)
+    message = refusal(folder)
+    assert "lm_head.weight" in message and "100000" in message and "bf16" in message
+    convert(folder, tmp_path / "m.gguf", type="bf16", progress=False)
+
+
+def test_checkpoints_that_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for bad in (whole[:-1], whole[:100], b"", b"\xff" * 64, whole + b"x"):
+        path.write_bytes(bad)
+        assert "model.safetensors" in refusal(folder)
+    path.unlink()
+    assert "model.safetensors" in refusal(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+    message = refusal(folder)
+    assert "pytorch_model.bin" in message and "save_pretrained" in message
+    index = folder / "model.safetensors.index.json"
+    for places, says in (
+        ({}, "weight_map"),
+        ({"a": "../a.safetensors"}, "../a.safetensors"),
+        ({"a": "gone.safetensors"}, "gone.safetensors"),
+    ):
+        index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+        assert says in refusal(folder)
+    path.write_bytes(whole)
+    index.write_text('{"weight_map": {"lm_head.weight": "model.safetensors"}}', encoding="utf-8")
+    assert "model.safetensors" in refusal(folder)
+    names = dict.fromkeys([*SPEC["tensors"], "more"], "model.safetensors")
+    index.write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+    assert "more" in refusal(folder)
+
+
+def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(smallm.ModelNotFoundError, match="none"):
+        convert(tmp_path / "none", tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=r"q4_k_m.*q8_0.*q4_0"):
+        convert(folder, tmp_path / "m.gguf", type="q4_k_m")
+    for name in ("tokenizer.json", "config.json"):
+        kept = (folder / name).read_bytes()
+        for bad in (b"{", b"[]", b'{"model": 3}', b'{"model": {"type": "BPE"}}'):
+            (folder / name).write_bytes(bad)
+            assert name in refusal(folder)
+        (folder / name).unlink()
+        assert name in refusal(folder)
+        (folder / name).write_bytes(kept)
+
+
+@pytest.mark.parametrize("package", ["gguf", "safetensors"])
+def test_without_the_extra(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(smallm.SmallmError, match=rf"{package}.*smallm\[convert\]"):
+        convert(folder, tmp_path / "m.gguf")
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+class Hub(types.ModuleType):
+    """Stands in for huggingface_hub: one repository, the files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("huggingface_hub")
+        self.folder = folder
+        self.fetched: list[str] = []
+
+    def HfApi(self) -> Hub:
+        return self
+
+    def model_info(self, repo: str, files_metadata: bool = False) -> Any:
+        if repo != "user/tiny":
+            raise RuntimeError("404 Not Found")
+        siblings = []
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            lfs = None
+            if path.suffix == ".safetensors":
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                lfs = types.SimpleNamespace(sha256=digest)
+            name = path.relative_to(self.folder).as_posix()
+            siblings.append(
+                types.SimpleNamespace(rfilename=name, size=path.stat().st_size, lfs=lfs)
+            )
+        return types.SimpleNamespace(siblings=siblings, tags=(), sha="abc")
+
+    def hf_hub_download(self, repo: str, name: str, revision: str) -> str:
+        self.fetched.append(name)
+        return str(self.folder / name)
+
+
+def test_a_repository(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    hub = Hub(folder)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    path = convert("hf:user/tiny", tmp_path / "m.gguf", progress=False)
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert hub.fetched == names and read(path)[0]["general.name"] == "tiny"
+    with pytest.raises(smallm.DownloadError, match="404"):
+        convert("hf:user/other", tmp_path / "m.gguf")
+    with pytest.raises(smallm.ModelNotFoundError, match="hf:user/repo"):
+        convert("hf:tiny", tmp_path / "m.gguf")
+    (folder / "config.json").unlink()
+    with pytest.raises(smallm.ModelNotFoundError, match=r"config\.json"):
+        convert("hf:user/tiny", tmp_path / "m.gguf")
+    monkeypatch.setenv("SMALLM_OFFLINE", "1")
+    with pytest.raises(smallm.DownloadError, match="offline"):
+        convert("hf:user/tiny", tmp_path / "m.gguf")
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+CORPUS = [
+    "Once upon a time there was a naïve little fox, and it couldn't find its 12 345 coins.",
+    "The quick brown fox's den: if (x >= 10) { return y[3] + 2.5e-7; } // 中文 и русский",
+    "Les élèves étaient là; ¿qué tal? ÄÖÜ äöü ß 1234567890 HELLO World HTML5 don'T we'RE",
+    "   indented\n\n\ttabs   and\r\nlines 日本語カタカナ한국어 नमस्ते 🙂👍🏽 www.example.com/a_b?c=d",
+]
+WORDS = ["Hello", "fox", "don't", "I'LL", "3.14", "1234567", "{x}", "\n\n\n", "   ", "naïve", "ﬁ"]
+CHARS = (
+    "  \n\n\t\r'sS.,!?019½²aAzZéÉßñ中文字カナ한글ع🙂👍🏽"
+    '\u0301\u200d\u00a0\u3000\u2028_-+=<>/\\"{}()ǅ'
+)
+
+
+def texts(n: int, chars: str = CHARS) -> list[str]:
+    rng = random.Random(n)
+    made = [
+        "".join(
+            rng.choice(WORDS) if rng.random() < 0.4 else rng.choice(chars)
+            for _ in range(rng.randint(0, 40))
+        )
+        for _ in range(n)
+    ]
+    return [*CORPUS, *made, *WORDS, "", " ", "\n", "a" * 300]
+
+
+def with_tokenizer(folder: Path, n_vocab: int, files: dict[str, str | bytes]) -> Path:
+    """The checkpoint with another tokenizer, converted."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        data = content.encode() if isinstance(content, str) else content
+        (folder / name).write_bytes(data)
+    table = np.ones((n_vocab, 64), np.float16)
+    edit(folder, lambda t: t.update(dict.fromkeys(["model.embed_tokens.weight"], table)))
+    edit(folder, lambda t: t.update({"lm_head.weight": table}))
+    edit_json(folder / "config.json", vocab_size=n_vocab)
+    return convert(folder, folder.parent / "t.gguf", progress=False)
+
+
+def compare(path: Path, tokenizer: Any, cases: list[str]) -> None:
+    with smallm.load(path) as model:
+        for text in cases:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            assert model.tokenize(text, add_special=False, parse_special=True) == ids, text
+            assert model.detokenize(ids, skip_special=False) == text
+
+
+def step(described: tuple[Any, ...]) -> Any:
+    """The pre-tokenizer of one step in PRES."""
+    kind, *what = described
+    if kind in ("gpt-2", "bytes"):
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt-2")
+    if kind == "digits":
+        return pre_tokenizers.Digits(individual_digits=what[0])
+    if kind == "punctuation":
+        return pre_tokenizers.Punctuation(behavior=what[0].lower())
+    return pre_tokenizers.Split(Regex(what[0]), behavior="isolated")
+
+
+@pytest.mark.parametrize("row", PRES, ids=PRES.values())
+def test_byte_level_tokenizers(folder: Path, row: tuple[tuple[tuple[Any, ...], ...], bool]) -> None:
+    steps, whole = row
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=whole))
+    tokenizer.pre_tokenizer = (
+        step(steps[0]) if len(steps) == 1 else pre_tokenizers.Sequence([step(s) for s in steps])
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|begin|>", "<|end|>"],
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    n = tokenizer.get_vocab_size() + 3  # padded, as many tables are
+    path = with_tokenizer(folder, n, {"tokenizer.json": tokenizer.to_str()})
+    compare(path, tokenizer, [*texts(150), "a<|end|>b<tool> c"])
+    keys, _ = read(path)
+    assert keys["tokenizer.ggml.pre"] == PRES[row]
+    assert keys["tokenizer.ggml.tokens"][-1] == f"[PAD{n - 1}]"
+    assert keys["tokenizer.ggml.token_type"][:2] == [3, 3]
+    assert keys["tokenizer.ggml.token_type"][-4:] == [4, 5, 5, 5]
+    assert keys["tokenizer.ggml.bos_token_id"] == 0 and keys["tokenizer.ggml.add_bos_token"]
+    assert not keys["tokenizer.ggml.add_eos_token"]
+    with smallm.load(path) as model:
+        assert model.tokenize("fox") == tokenizer.encode("fox").ids
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece BPE model with byte_fallback, as Llama 2's."""
+    path = tmp_path_factory.mktemp("spm") / "m"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 2), model_prefix=str(path), model_type="bpe",
+        vocab_size=500, byte_fallback=True, hard_vocab_limit=False, character_coverage=1.0,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["<|user|>"], minloglevel=2,
+    )  # fmt: skip
+    return path.with_suffix(".model")
+
+
+def test_sentencepiece(folder: Path, pieces: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    n = processor.vocab_size()
+    files = {
+        "tokenizer.model": pieces.read_bytes(),
+        "added_tokens.json": json.dumps({"<|tool|>": n}),
+        "tokenizer_config.json": json.dumps(
+            {
+                "bos_token": "<s>",
+                "eos_token": {"content": "</s>"},
+                "add_eos_token": True,
+                "added_tokens_decoder": {str(n + 1): {"content": "<|x|>", "special": True}},
+            }
+        ),
+    }
+    path = with_tokenizer(folder, n + 4, files)
+    keys, _ = read(path)
+    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.pre"] == "default"
+    assert keys["tokenizer.ggml.token_type"][n:] == [4, 3, 5, 5]
+    assert keys["tokenizer.ggml.scores"][n:] == [-1000, -1000, -10000, -10000]
+    assert keys["tokenizer.ggml.eos_token_id"] == 2 and keys["tokenizer.ggml.add_eos_token"]
+    with smallm.load(path) as model:
+        for text in [*texts(300), "a<|user|>b"]:
+            if text:  # smallm gives no tokens, SentencePiece a lone space
+                assert model.tokenize(text, add_special=False) == processor.encode(text), text
+
+
+def merges_of(processor: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges as published tokenizer.json files of SentencePiece models have them:
+    all pairs that make a token, best token first."""
+    n = processor.vocab_size()
+    vocab = {processor.id_to_piece(i): i for i in range(n)}
+    special = (processor.is_control, processor.is_unknown, processor.is_byte)
+    merges = [
+        (processor.get_score(i), token[:at], token[at:])
+        for token, i in vocab.items()
+        for at in range(1, len(token))
+        if token[:at] in vocab and token[at:] in vocab and not any(kind(i) for kind in special)
+    ]
+    return vocab, [(a, b) for _, a, b in sorted(merges, key=lambda m: -m[0])]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_as_tokenizer_json(folder: Path, pieces: Path, prefix: bool) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    vocab, merges = merges_of(processor)
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    replace = normalizers.Replace(" ", "▁")
+    prepend = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, replace])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    path = with_tokenizer(folder, len(vocab), {"tokenizer.json": tokenizer.to_str()})
+    assert read(path)[0]["tokenizer.ggml.add_space_prefix"] is prefix
+    with smallm.load(path) as model:
+        for text in texts(300):
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            assert model.tokenize(text, add_special=False) == ids, text
+
+    data = json.loads(tokenizer.to_str())
+    del data["model"]["merges"][-1]
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    (folder.parent / "t.gguf").unlink()
+    assert "merges" in refusal(folder)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_word_piece(folder: Path, lower: bool) -> None:
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    files = {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps({"cls_token": "[CLS]", "sep_token": "[SEP]",
+                                             "unk_token": "[UNK]", "pad_token": "[PAD]"}),
+    }  # fmt: skip
+    path = with_tokenizer(folder, tokenizer.get_vocab_size(), files)
+    assert read(path)[0]["tokenizer.ggml.model"] == "bert"
+    with smallm.load(path) as model:
+        for text in texts(300):
+            assert model.tokenize(text) == tokenizer.encode(text).ids, text
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("normalizer", {"type": "Lowercase"}, "Lowercase"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace"),
+        ("pre_tokenizer", None, "pre_tokenizer"),
+        ("pre_tokenizer", {"type": "Digits", "individual_digits": True}, "digits"),
+        ("post_processor", {"type": "Sideways"}, "Sideways"),
+        ("model", {"type": "Morse"}, "Morse"),
+        ("model", {"type": "BPE", "vocab": {"a": 999}, "merges": []}, "999"),
+        ("model", {"type": "BPE", "vocab": {"a": 1, "b": 1}, "merges": []}, "same id"),
+    ],
+)
+def test_tokenizers_that_are_refused(folder: Path, part: str, value: Any, says: str) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data[part] = value
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    message = refusal(folder)
+    assert says in message and "tokenizer.json" in message
+
+
+def test_special_tokens_templates_and_sampling(folder: Path, tmp_path: Path) -> None:
+    edit_json(
+        folder / "tokenizer_config.json",
+        bos_token=None,
+        eos_token={"content": "<|endoftext|>"},
+        chat_template=[
+            {"name": "default", "template": "A"},
+            {"name": "tool_use", "template": "B"},
+        ],
+    )
+    edit_json(
+        folder / "generation_config.json",
+        eos_token_id=[0, 3, 2],
+        temperature=0.6,
+        top_k=20,
+        top_p=0.9,
+        repetition_penalty=1.1,
+        min_p="none",
+    )
+    keys, _ = read(convert(folder, tmp_path / "m.gguf", progress=False))
+    ggml = {k.split(".")[-1]: v for k, v in keys.items() if k.endswith("token_id")}
+    # 0 <|endoftext|>, 2 <|im_end|>, 3 <|pad|>; bos is config.json's
+    assert ggml == {"bos_token_id": 1, "eos_token_id": 0, "eot_token_id": 2, "padding_token_id": 3}
+    assert keys["tokenizer.chat_template"] == "A"
+    assert keys["tokenizer.chat_template.tool_use"] == "B"
+    assert keys["tokenizer.chat_templates"] == ["tool_use"]
+    sampling = {k: v for k, v in keys.items() if "sampling" in k}
+    assert sampling == pytest.approx(
+        {
+            "general.sampling.temp": 0.6,
+            "general.sampling.top_k": 20,
+            "general.sampling.top_p": 0.9,
+            "general.sampling.penalty_repeat": 1.1,
+        }
+    )
+    (folder / "chat_template.jinja").write_text("C", encoding="utf-8")
+    keys, _ = read(convert(folder, tmp_path / "m.gguf", progress=False))
+    assert keys["tokenizer.chat_template"] == "C"
+
+
+# ---- llama.cpp -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-linear", "qwen2", "phi2"])
+def test_llama_cpp_reads_the_files(name: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="the package llama-cpp-python is not installed"
+    )
+    golden = goldens.Golden(name, tmp_path)
+    other = llama_cpp.Llama(
+        str(golden.path), n_ctx=512, n_batch=512, n_threads=1, logits_all=True, verbose=False
+    )
+    ids = golden.ids[:100]
+    other.eval(ids)
+    got = np.array(other.scores[: len(ids)])
+    with smallm.load(golden.path, threads=1) as model:
+        expected = model.logits(ids)
+        text = "Once upon a time, the fox"
+        assert model.tokenize(text) == other.tokenize(text.encode(), add_bos=True, special=True)
+    off = np.abs(got - expected).max() / expected.std()
+    assert off < 0.05, off
+    assert np.mean(got.argmax(1) == expected.argmax(1)) > 0.95
+    assert os.path.exists(golden.path)
