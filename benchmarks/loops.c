@@ -5,7 +5,7 @@
  *
  * A pass of SEQUENCES x TOKENS new tokens, the first of each at POSITION.  Nothing is normalized,
  * rotated, quantized, added or waited for, and nothing is sampled: what a pass takes longer than this
- * is not these loops.  Prints a JSON object of medians over ROUNDS, in seconds a pass:
+ * is not these loops.  Experts are left out.  Prints a JSON object of medians over ROUNDS, in seconds a pass:
  * "matrices" of the layers, "head" (one row of logits for each sequence), "attention". */
 #include <stdio.h>
 #include <stdlib.h>
@@ -98,6 +98,8 @@ static void multiply_layers(struct run *r, int thread) {
         const struct sm_layer *layer = &r->m->layers[i];
         bool fused = layer->wqkv.n_rows > 0; /* then wq, wk and wv are its parts */
 #define SM_VECTOR(...)
+#define SM_BIASES(...)
+#define SM_EXPERTS(...)
 #define SM_MATRIX(field, ...) \
     if (!fused || (&layer->field != &layer->wq && &layer->field != &layer->wk && \
                    &layer->field != &layer->wv)) \
@@ -105,6 +107,8 @@ static void multiply_layers(struct run *r, int thread) {
 #include "tensors.def"
 #undef SM_VECTOR
 #undef SM_MATRIX
+#undef SM_BIASES
+#undef SM_EXPERTS
     }
 }
 
