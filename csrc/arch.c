@@ -7,16 +7,14 @@
 #include "kernels/kernels.h"
 
 static const struct sm_arch archs[] = {
-    /* Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla */
-    {.name = "llama", .rope = SM_ROPE_PAIRS},
-    /* Qwen2 and 2.5 */
-    {.name = "qwen2", .rope = SM_ROPE_HALVES, .bias = SM_BIAS_QKV},
-    /* phi-1, phi-1.5, phi-2 */
-    {.name = "phi2", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU,
-     .bias = SM_BIAS_EVERYWHERE, .parallel = true},
-    /* Qwen1.5-MoE, Qwen2-MoE */
-    {.name = "qwen2moe", .rope = SM_ROPE_HALVES, .bias = SM_BIAS_QKV, .router = SM_ROUTER_ALL,
-     .shared_gate = true},
+    {.name = "llama", .models = "Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla",
+     .rope = SM_ROPE_PAIRS},
+    {.name = "qwen2", .models = "Qwen2, Qwen2.5", .rope = SM_ROPE_HALVES, .bias = SM_BIAS_QKV},
+    {.name = "phi2", .models = "phi-1, phi-1.5, phi-2", .rope = SM_ROPE_HALVES,
+     .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU, .bias = SM_BIAS_EVERYWHERE,
+     .parallel = SM_PARALLEL_SHARED},
+    {.name = "qwen2moe", .models = "Qwen1.5-MoE, Qwen2-MoE", .rope = SM_ROPE_HALVES,
+     .bias = SM_BIAS_QKV, .router = SM_ROUTER_ALL, .shared_gate = true},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -27,7 +25,7 @@ int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_err
     if (!found)
         return sm_fail(err, SMALLM_E_CORRUPT, "%s: the key general.architecture is missing",
                        sm_gguf_path(g));
-    char known[256] = "";
+    char known[400] = ""; /* a test finds the last row's name in it */
     for (size_t i = 0; i < SM_COUNT(archs); i++) {
         const char *row = archs[i].name;
         if (strlen(row) == name.n && memcmp(row, name.s, name.n) == 0) {
@@ -79,7 +77,7 @@ static int read_int(struct reader *r, const char *name, int64_t missing, int64_t
     return (int)value;
 }
 
-/* low < value <= high */
+/* low < value <= high, or `missing`; where that is NaN the key must be there */
 static double read_float(struct reader *r, const char *name, double missing, double low,
                          double high) {
     if (r->status != SMALLM_OK) return missing;
@@ -91,7 +89,7 @@ static double read_float(struct reader *r, const char *name, double missing, dou
     if (!found && isnan(missing))
         r->status = sm_fail(r->err, SMALLM_E_CORRUPT, "%s: the key %s is missing",
                             sm_gguf_path(r->g), key);
-    else if (!(value > low && value <= high))
+    else if (found && !(value > low && value <= high))
         r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
                             "%s: %s is %g; allowed are values above %g up to %g",
                             sm_gguf_path(r->g), key, value, low, high);
@@ -146,6 +144,52 @@ static void read_experts(struct reader *r, struct sm_hparams *h) {
     h->router = normed || function == SOFTMAX_OF_CHOSEN ? SM_ROUTER_CHOSEN : SM_ROUTER_ALL;
 }
 
+/* The window's size, and which layers have it: a period or a flag for each layer. */
+static void read_window(struct reader *r, struct sm_hparams *h) {
+    h->window = read_int(r, "attention.sliding_window", 0, 0, 1 << 24);
+    if (r->status != SMALLM_OK) return;
+    const char *key = full_key(r, "attention.sliding_window_pattern");
+    size_t at = sm_gguf_find(r->g, key);
+    struct sm_gguf_array flags = {.n = 0};
+    int period = r->arch->window_period;
+    if (at != SIZE_MAX && sm_gguf_kind(r->g, at) == SM_GGUF_ARRAY)
+        r->status = sm_gguf_get_array(r->g, key, &flags, r->err);
+    else
+        period = read_int(r, "attention.sliding_window_pattern", period, 0, SM_LAYERS_MAX);
+    if (r->status != SMALLM_OK) return;
+    if (flags.n > 0 && (flags.n != (size_t)h->n_layer || flags.kind != SM_GGUF_BOOL)) {
+        r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
+                            "%s: %s has %zu values of kind %s; allowed are %d of kind %s",
+                            sm_gguf_path(r->g), key, flags.n, sm_gguf_kind_name(flags.kind),
+                            h->n_layer, sm_gguf_kind_name(SM_GGUF_BOOL));
+        return;
+    }
+    for (int i = 0; i < h->n_layer && h->window > 0; i++)
+        h->windowed[i] = flags.n > 0   ? sm_gguf_array_int(&flags, (size_t)i) != 0
+                         : period == 0 || i % period < period - 1;
+}
+
+/* Factors and soft caps; keys come before what the row says. */
+static void read_scales(struct reader *r, struct sm_hparams *h) {
+    const struct sm_arch *arch = r->arch;
+    double width = arch->wide_layers == h->n_layer ? (double)h->n_embd / h->n_head : h->head;
+    h->attn_scale = (float)read_float(r, "attention.scale", 1 / sqrt(width), 0, 1e6);
+    h->attn_cap = (float)read_float(r, "attn_logit_softcapping", arch->attn_cap, 0, 1e6);
+    h->logit_cap = (float)read_float(r, "final_logit_softcapping", arch->logit_cap, 0, 1e6);
+    double embed_scale = arch->scaled_embeddings ? sqrt((double)h->n_embd) : 1;
+    h->embed_scale = (float)read_float(r, "embedding_scale", embed_scale, 0, 1e6);
+    h->residual_scale = (float)read_float(r, "residual_scale", 1, 0, 1e6);
+    double logit_scale = read_float(r, "logit_scale", 1, 1e-6, 1e6);
+    h->logit_scale = (float)(arch->divided_logits ? 1 / logit_scale : logit_scale);
+    h->max_alibi = read_float(r, "attention.max_alibi_bias", 0, 0, 1e3);
+}
+
+/* Keys of steps that this version does not run: 0 where they are there. */
+static const char *const steps_not_run[] = {
+    "attention.clamp_kqv", "attention.temperature_scale", "router_logit_softcapping",
+    "rope.scaling.yarn_log_multiplier",
+};
+
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
                  smallm_error *err) {
     struct reader r = {.arch = arch, .g = g, .err = err};
@@ -153,16 +197,21 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->n_vocab = read_int(&r, "vocab_size", 0, 1, 1 << 24);
     h->n_ctx_train = read_int(&r, "context_length", NO_DEFAULT, 1, 1 << 24);
     h->n_embd = read_int(&r, "embedding_length", NO_DEFAULT, 1, 1 << 16);
-    h->n_layer = read_int(&r, "block_count", NO_DEFAULT, 1, 1024);
+    h->n_layer = read_int(&r, "block_count", NO_DEFAULT, 1, SM_LAYERS_MAX);
     h->n_ff = read_int(&r, "feed_forward_length", NO_DEFAULT, 1, 1 << 18);
     h->n_head = read_int(&r, "attention.head_count", NO_DEFAULT, 1, 1024);
     h->n_head_kv = read_int(&r, "attention.head_count_kv", h->n_head, 1, h->n_head);
-    h->window = read_int(&r, "attention.sliding_window", 0, 0, 1 << 24);
+    read_window(&r, h);
     h->norm_eps = (float)read_float(&r, arch->norm == SM_NORM_RMS ? "attention.layer_norm_rms_epsilon"
                                                                   : "attention.layer_norm_epsilon",
                                     NAN, 0, 0.1);
-    h->rope_base = read_float(&r, "rope.freq_base", 10000, 1, 1e12);
-    h->rope_scale = read_rope_scale(&r);
+    h->rope_base[0] = read_float(&r, "rope.freq_base", 10000, 1, 1e12);
+    h->rope_scale[0] = read_rope_scale(&r);
+    double local_base = arch->local_base != 0 ? arch->local_base : h->rope_base[0];
+    h->rope_base[1] = read_float(&r, "rope.freq_base_swa", local_base, 1, 1e12);
+    h->rope_scale[1] = arch->local_base != 0 ? 1 : h->rope_scale[0];
+    bool two = h->rope_base[1] != h->rope_base[0] || h->rope_scale[1] != h->rope_scale[0];
+    h->n_rope = h->window > 0 && two ? 2 : 1;
     if (r.status != SMALLM_OK) return r.status;
 
     const char *path = sm_gguf_path(g);
@@ -177,6 +226,10 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     int value_length = read_int(&r, "attention.value_length", h->head, 1, SM_HEAD_MAX);
     h->n_rot = read_int(&r, "rope.dimension_count", h->head, 2, SM_HEAD_MAX);
     read_experts(&r, h);
+    read_scales(&r, h);
+    for (size_t i = 0; i < SM_COUNT(steps_not_run); i++)
+        if (read_float(&r, steps_not_run[i], 0, -1e30, 1e30) != 0)
+            refuse(&r, r.key, "not 0", "models without it");
     bool causal = true, found;
     if (r.status == SMALLM_OK)
         r.status = sm_gguf_get_bool(g, full_key(&r, "attention.causal"), &causal, &found, err);
@@ -196,4 +249,12 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
                        "%s: %s.rope.dimension_count is %d; allowed are even numbers up to the head's %d",
                        path, arch->name, h->n_rot, h->head);
     return SMALLM_OK;
+}
+
+struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hparams *h, int layer) {
+    bool windowed = h->windowed[layer];
+    bool turns = arch->unturned_period == 0 || (layer + 1) % arch->unturned_period != 0;
+    if (arch->turns_windows && h->window > 0) turns = windowed;
+    return (struct sm_layer_plan){.window = windowed ? h->window : 0,
+                                  .rope = !turns ? -1 : h->n_rope == 2 && windowed ? 1 : 0};
 }

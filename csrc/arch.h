@@ -13,13 +13,33 @@ enum sm_rope_style {
 };
 
 enum sm_norm_kind {
-    SM_NORM_RMS,  /* x / rms(x) * weight */
-    SM_NORM_LAYER /* (x - mean) / deviation * weight + bias */
+    SM_NORM_RMS,        /* x / rms(x) * weight */
+    SM_NORM_LAYER,      /* (x - mean) / deviation * weight + bias */
+    SM_NORM_LAYER_PLAIN /* the same without a bias */
+};
+
+/* Where attention and feed-forward have norms: of what they read, of what they add to x, or both. */
+enum sm_norm_place { SM_NORMS_BEFORE, SM_NORMS_AFTER, SM_NORMS_AROUND };
+
+/* Norms of q and k before rope, of the model's kind without a bias. */
+enum sm_qk_norm {
+    SM_QK_NORM_NONE,
+    SM_QK_NORM_HEAD,  /* each head by itself, all with one weight [head] */
+    SM_QK_NORM_HEADS, /* each head by itself, with its row of [heads][head]; where the file has them */
+    SM_QK_NORM_ROW    /* all heads of a token together, [heads * head] */
 };
 
 enum sm_ffn_kind {
     SM_FFN_SWIGLU, /* silu(W_gate x) * W_up x */
+    SM_FFN_GEGLU,  /* gelu(W_gate x) * W_up x, the tanh form */
     SM_FFN_GELU    /* gelu(W_up x), the tanh form */
+};
+
+/* Whether attention and feed-forward both read x and then add to it. */
+enum sm_parallel {
+    SM_PARALLEL_NO,
+    SM_PARALLEL_SHARED,  /* yes, and they share a norm */
+    SM_PARALLEL_IF_SHARED /* yes where the file has no norm of the feed-forward's own */
 };
 
 /* Biases that a file must have; where it has others, they are added, too. */
@@ -33,28 +53,55 @@ enum sm_router_kind {
 };
 
 struct sm_arch {
-    const char *name; /* general.architecture, and the prefix of its keys */
+    const char *name;   /* general.architecture, and the prefix of its keys */
+    const char *models; /* published ones that have it, for people */
     enum sm_rope_style rope;
     enum sm_norm_kind norm;
+    enum sm_norm_place norms;
+    enum sm_qk_norm qk_norm;
     enum sm_ffn_kind ffn;
     enum sm_bias_rule bias;
     enum sm_router_kind router;
     bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
-    bool parallel; /* attention and feed-forward read the same norm and add to the same x */
+    enum sm_parallel parallel;
+    /* Of every so many layers the last ... 0: none is different. */
+    int window_period;  /* ... has no window; the file's pattern comes first */
+    int unturned_period; /* ... has no rope */
+    bool turns_windows; /* in models with windows only layers with one have rope */
+    double local_base;  /* rope's base in layers with a window; 0: as in the others */
+    bool scaled_embeddings; /* by sqrt(n_embd) */
+    bool divided_logits;    /* by logit_scale, where others are multiplied */
+    double attn_cap, logit_cap; /* soft caps of files that do not name theirs; 0: none */
+    int wide_layers;    /* models of so many layers scale scores by (n_embd / n_head)^(-1/2) */
 };
+
+#define SM_LAYERS_MAX 1024
 
 struct sm_hparams {
     int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;
     int head;           /* size of one head's q, k and v */
     int n_rot;          /* leading dimensions of a head that rope turns, even */
-    int window;         /* positions a query sees, its own included; 0: all */
+    int window;         /* positions a query sees in layers with a window, its own included */
+    bool windowed[SM_LAYERS_MAX]; /* [n_layer] whether a layer has a window */
     int n_expert, n_used;       /* experts of a layer, and of them those that a token uses; 0: none */
     int n_ff_expert, n_ff_shared; /* of one expert, and of the expert that all tokens use */
     enum sm_router_kind router;
     float expert_scale;         /* of the router's weights */
     float norm_eps;
-    double rope_base;   /* pair i turns by position * rope_scale / factor[i] * base^(-2 i / n_rot) */
-    double rope_scale;
+    /* Tables of angles: of all layers, or 0 of those without and 1 of those with a window.
+     * Pair i turns by position * rope_scale / factor[i] * base^(-2 i / n_rot). */
+    int n_rope;         /* 1 or 2 */
+    double rope_base[2], rope_scale[2];
+    float attn_scale;   /* of scores */
+    float attn_cap, logit_cap; /* soft caps of scores and logits; 0: none */
+    float embed_scale, residual_scale, logit_scale; /* of embeddings, what layers add to x, logits */
+    double max_alibi;   /* of ALiBi's slopes; 0: no ALiBi */
+};
+
+/* What differs from layer to layer and is no tensor. */
+struct sm_layer_plan {
+    int window; /* positions a query sees, its own included; 0: all */
+    int rope;   /* the table of angles; -1: q and k do not turn */
 };
 
 /* The row the file asks for.  SMALLM_E_UNSUPPORTED lists those there are. */
@@ -64,5 +111,7 @@ int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_err
  * missing: the tokenizer decides. */
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
                  smallm_error *err);
+
+struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hparams *h, int layer);
 
 #endif

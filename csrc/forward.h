@@ -31,11 +31,12 @@ struct sm_batch {
 /* Activations of a pass; sizes for n_tokens tokens. */
 struct sm_buffers {
     float *x;          /* [n][n_embd] the residual stream */
+    float *y;          /* [n][n_embd] what is normed before it adds to x; only where there are such norms */
     float *q;          /* [n][n_head * head], then attention's result */
     float *k, *v;      /* [n][n_head_kv * head] */
     float *h;          /* [n][n_ff]; experts: see experts.c */
     struct sm_router *router; /* where there are experts, else NULL */
-    float *cos, *sin;  /* [n][n_rot / 2] */
+    float *cos, *sin;  /* [n][n_rope][n_rot / 2] */
     float *wanted;     /* [n][n_embd] rows of x whose logits are wanted */
     float *partial;    /* decode: [n][n_head][max_chunks][head + 2], see mixers/attention.c */
     size_t max_chunks;
@@ -65,9 +66,9 @@ void sm_feed_experts(const struct sm_pass *p, const struct sm_layer *layer,
 struct sm_attention {
     const struct sm_pass *p;
     int layer;
+    const struct sm_layer *weights;
     size_t group;                /* query heads of a kv head */
     size_t head, n_head_kv;
-    float scale;                 /* 1 / sqrt(head) */
     size_t items_before[SM_ALONE_MAX + 1]; /* decode: items of earlier tokens; [n] is their number */
 };
 

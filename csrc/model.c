@@ -24,9 +24,19 @@ enum need {
 #define BIAS_IF(rule) (arch->bias >= (rule) ? REQUIRED : OPTIONAL)
 #define BIAS BIAS_IF(SM_BIAS_EVERYWHERE)
 #define BIAS_QKV BIAS_IF(SM_BIAS_QKV)
-#define GATED (arch->ffn == SM_FFN_SWIGLU)
+#define GATED (arch->ffn == SM_FFN_SWIGLU || arch->ffn == SM_FFN_GEGLU)
 #define DENSE (h->n_expert == 0)
 #define SHARED (h->n_ff_shared > 0)
+#define NORMS_BEFORE (arch->norms != SM_NORMS_AFTER)
+#define NORMS_AFTER (arch->norms != SM_NORMS_BEFORE)
+#define HAS(suffix) has_tensor(l, index, suffix)
+/* Norms of single heads are there for q and k, or for neither. */
+#define QK_NORM(other)                                                               \
+    (arch->qk_norm != SM_QK_NORM_HEADS ? IF(arch->qk_norm != SM_QK_NORM_NONE)          \
+                                       : HAS(other) ? REQUIRED : OPTIONAL)
+#define FFN_NORM                                                                     \
+    (!NORMS_BEFORE || arch->parallel == SM_PARALLEL_SHARED ? ABSENT                   \
+     : arch->parallel == SM_PARALLEL_IF_SHARED ? OPTIONAL : REQUIRED)
 #define FUSED (layer->wqkv.n_rows > 0)
 
 /* One tensor to be read: into a matrix's panels, into a vector, or only judged. */
@@ -135,6 +145,12 @@ static int bind_vector(struct loader *l, const char *name, enum need need, size_
     return bind_rows(l, name, need, 1, length, out);
 }
 
+static bool has_tensor(const struct loader *l, int layer, const char *suffix) {
+    char name[64];
+    snprintf(name, sizeof name, "blk.%d.%s", layer, suffix);
+    return sm_gguf_find_tensor(l->g, name) != NULL;
+}
+
 static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     const struct sm_hparams *h = &l->m->h;
     const struct sm_arch *arch = l->m->arch;
@@ -143,6 +159,10 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
 #define SM_VECTOR(field, suffix, need, length)                                       \
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
     status = bind_vector(l, name, need, (size_t)(length), &layer->field);            \
+    if (status != SMALLM_OK) return status;
+#define SM_ROWS(field, suffix, need, rows, columns)                                  \
+    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    status = bind_rows(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
     if (status != SMALLM_OK) return status;
 #define SM_MATRIX(field, suffix, need, rows, columns)                                \
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
@@ -153,15 +173,14 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     status = bind_matrices(l, name, need, (size_t)h->n_expert, (size_t)(rows), (size_t)(columns), \
                            &layer->field);                                           \
     if (status != SMALLM_OK) return status;
-#define SM_BIASES(field, suffix, need, rows)                                         \
-    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
-    status = bind_rows(l, name, need, (size_t)h->n_expert, (size_t)(rows), &layer->field); \
-    if (status != SMALLM_OK) return status;
 #include "tensors.def"
 #undef SM_VECTOR
+#undef SM_ROWS
 #undef SM_MATRIX
 #undef SM_EXPERTS
-#undef SM_BIASES
+    layer->plan = sm_arch_plan(arch, h, index);
+    layer->parallel = arch->parallel == SM_PARALLEL_SHARED ||
+                      (arch->parallel == SM_PARALLEL_IF_SHARED && !HAS("ffn_norm.weight"));
     if (FUSED && ((h->n_head * h->head) % SM_PANEL_ROWS != 0 ||
                   (h->n_head_kv * h->head) % SM_PANEL_ROWS != 0))
         return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
@@ -209,7 +228,8 @@ static int bind_all(struct loader *l, float **rope_factors) {
     status = bind_vector(l, "output_norm.bias", IF(arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "rope_freqs.weight", OPTIONAL, (size_t)m->h.n_rot / 2, rope_factors);
+    status = bind_vector(l, "rope_freqs.weight", m->h.n_rope == 1 ? OPTIONAL : ABSENT,
+                         (size_t)m->h.n_rot / 2, rope_factors);
     for (int i = 0; i < m->h.n_layer && status == SMALLM_OK; i++)
         status = bind_layer(l, i, &m->layers[i]);
     if (status != SMALLM_OK) return status;
@@ -280,7 +300,8 @@ static int allocate_weights(struct loader *l, uint64_t memory_limit) {
     size_t panel_bytes = 0, n_floats = 0;
     for (size_t j = 0; j < l->n_jobs; j++) {
         const struct job *job = &l->jobs[j];
-        if (job->vector != NULL) n_floats += sm_round_up(job->n_rows * job->k, SM_ALIGN / sizeof(float));
+        if (job->vector != NULL)
+            n_floats += sm_round_up(job->n_rows * job->k, SM_ALIGN / sizeof(float));
         size_t bytes = 0;
         if (job->matrix != NULL &&
             (!sm_mul(job->matrix->n_panels, job->matrix->panel_bytes, &bytes) ||
@@ -421,7 +442,7 @@ static void describe(const struct loader *l) {
 static int make_rope_freqs(struct loader *l, const float *factors) {
     struct sm_model *m = l->m;
     int n = m->h.n_rot / 2;
-    m->rope_freqs = sm_alloc((size_t)n * sizeof m->rope_freqs[0]);
+    m->rope_freqs = sm_calloc((size_t)(m->h.n_rope * n), sizeof m->rope_freqs[0]);
     if (m->rope_freqs == NULL)
         return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
     for (int i = 0; i < n; i++) {
@@ -430,7 +451,26 @@ static int make_rope_freqs(struct loader *l, const float *factors) {
             return sm_fail(l->err, SMALLM_E_CORRUPT,
                            "%s: rope_freqs.weight[%d] is %g; allowed are 1e-6 to 1e6",
                            sm_gguf_path(l->g), i, factor);
-        m->rope_freqs[i] = m->h.rope_scale / factor * sm_pow(m->h.rope_base, -2.0 * i / m->h.n_rot);
+        for (int t = 0; t < m->h.n_rope; t++)
+            m->rope_freqs[t * n + i] =
+                m->h.rope_scale[t] / factor * sm_pow(m->h.rope_base[t], -2.0 * i / m->h.n_rot);
+    }
+    return SMALLM_OK;
+}
+
+/* With a power of two of heads, head i has 2^(-max (i + 1) / n); the heads beyond one have those of
+ * twice as many heads that lie between. */
+static int make_slopes(struct loader *l) {
+    struct sm_model *m = l->m;
+    if (m->h.max_alibi == 0) return SMALLM_OK;
+    m->slopes = sm_calloc((size_t)m->h.n_head, sizeof m->slopes[0]);
+    if (m->slopes == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
+    int whole = 1;
+    while (2 * whole <= m->h.n_head) whole *= 2;
+    for (int i = 0; i < m->h.n_head; i++) {
+        double step = i < whole ? i + 1 : i - whole + 0.5;
+        m->slopes[i] = (float)sm_pow(2, -m->h.max_alibi * step / whole);
     }
     return SMALLM_OK;
 }
@@ -468,6 +508,8 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     if (status != SMALLM_OK) return status;
     for (int i = 0; i < m->h.n_layer; i++) split_qkv(&m->h, &m->layers[i]);
     status = make_rope_freqs(l, rope_factors);
+    if (status != SMALLM_OK) return status;
+    status = make_slopes(l);
     if (status != SMALLM_OK) return status;
     status = copy_metadata(l);
     if (status != SMALLM_OK) return status;
@@ -507,6 +549,7 @@ void sm_model_free(struct sm_model *m) {
     sm_gguf_close(m->file);
     sm_free(m->layers);
     sm_free(m->rope_freqs);
+    sm_free(m->slopes);
     sm_free(m->panels);
     sm_free(m->vectors);
     sm_free(m->metadata);

@@ -16,15 +16,17 @@ struct sm_matrix {
 };
 
 struct sm_layer {
+    struct sm_layer_plan plan;
+    bool parallel; /* the feed-forward reads x before attention adds to it */
 #define SM_VECTOR(field, ...) float *field;
+#define SM_ROWS(field, ...) float *field;
 #define SM_MATRIX(field, ...) struct sm_matrix field;
 #define SM_EXPERTS(field, ...) struct sm_matrix field;
-#define SM_BIASES(field, ...) float *field;
 #include "tensors.def"
 #undef SM_VECTOR
+#undef SM_ROWS
 #undef SM_MATRIX
 #undef SM_EXPERTS
-#undef SM_BIASES
 };
 
 struct sm_metadata { /* one scalar or string key of the file, as text */
@@ -42,7 +44,8 @@ struct sm_model {
     float *head_bias;              /* [n_vocab] or NULL */
     float *output_norm;            /* [n_embd] */
     float *output_norm_b;          /* [n_embd] or NULL */
-    double *rope_freqs;            /* [n_rot / 2] radians per position */
+    double *rope_freqs;            /* [n_rope][n_rot / 2] radians per position */
+    float *slopes;                 /* [n_head] of ALiBi, or NULL */
     const struct sm_tensor_info *embeddings; /* untied: rows are read from the file; else NULL */
     struct sm_gguf *file;          /* open where `embeddings` is not NULL */
     uint8_t *panels;               /* all matrices' */
@@ -51,6 +54,13 @@ struct sm_model {
     size_t n_metadata;
     smallm_model_info info;
 };
+
+/* out [n] = norm(x [n]) of the model's kind; may work in place.  b: NULL for none. */
+static inline void sm_model_norm(const struct sm_model *m, float *out, const float *x, const float *w,
+                                 const float *b, size_t n) {
+    if (m->arch->norm == SM_NORM_RMS) m->kernels->rms_norm(out, x, w, n, m->h.norm_eps);
+    else m->kernels->layer_norm(out, x, w, b, n, m->h.norm_eps);
+}
 
 /* The embedding of token `id` (in range) into out [n_embd]. */
 int sm_model_embed(const struct sm_model *m, int32_t id, float *out, smallm_error *err);

@@ -298,6 +298,10 @@ static void add_bias(const struct project *p, const struct sm_product *product, 
         p->o->kernels->add(tile + t * ld, product->bias + row, n_rows);
 }
 
+static bool is_scaled(const struct sm_product *product) {
+    return product->scale != 0 && product->scale != 1;
+}
+
 /* Hands a tile's rows row .. row + n_rows - 1 on to the product's destination. */
 static void finish(const struct project *p, const struct sm_product *product, size_t row,
                    size_t n_rows, size_t ld, float *tile) {
@@ -307,6 +311,8 @@ static void finish(const struct project *p, const struct sm_product *product, si
         for (size_t r = 0; r < n_rows; r++) sum[r] = coarse[r] + rest[r];
     }
     add_bias(p, product, row, n_rows, ld, tile);
+    if (is_scaled(product)) k->scale(tile, tile, product->scale, p->n * ld);
+    if (product->cap != 0) k->softcap(tile, tile, product->cap, p->n * ld);
     for (size_t t = 0; t < p->n; t++) {
         float *out = product->rows != NULL ? product->rows[t] : product->out + t * product->stride;
         if (product->add)
@@ -324,8 +330,10 @@ static void finish_gated(const struct project *p, size_t row, size_t n_rows, siz
                          float *gate, float *up) {
     add_bias(p, &p->products[0], row, n_rows, ld, gate);
     add_bias(p, &p->products[1], row, n_rows, ld, up);
+    const struct sm_kernels *k = p->o->kernels;
     for (size_t t = 0; t < p->n; t++)
-        p->o->kernels->swiglu(p->gated + t * p->gated_stride + row, gate + t * ld, up + t * ld, n_rows);
+        (p->products[0].gelu ? k->geglu : k->swiglu)(p->gated + t * p->gated_stride + row,
+                                                     gate + t * ld, up + t * ld, n_rows);
 }
 
 /* Some panels of one product (of gate and up together), n_rows rows of the matrix from `row` on. */
@@ -342,7 +350,8 @@ static void run_tile(const struct project *p, const struct sm_product *product,
         finish_gated(p, row, n_rows, ld, gate, up);
         return;
     }
-    bool as_is = !product->add && !product->gelu && !p->fine && product->rows == NULL;
+    bool as_is = !product->add && !product->gelu && !p->fine && product->rows == NULL &&
+                 !is_scaled(product);
     if (as_is && n_rows == ld) { /* nothing is between the sums and their place */
         float *out = product->out + row;
         multiply(p, product->w, acts, panel, n_panels, next, l, out, product->stride);

@@ -32,7 +32,8 @@ struct sm_source {
     float eps;
 };
 
-/* Where a product goes: out_t[r] (+)= sum_k w[r][k] source_t[k] + bias[r], or gelu of that. */
+/* Where a product goes: out_t[r] (+)= scale (sum_k w[r][k] source_t[k] + bias[r]), or gelu or soft
+ * cap of that. */
 struct sm_product {
     const struct sm_matrix *w;
     const float *bias;     /* [n_rows] or NULL */
@@ -45,6 +46,8 @@ struct sm_product {
     const uint32_t *const *allowed;
     bool add;              /* adds to what is there: the residual */
     bool gelu;             /* not with add */
+    float scale;           /* 0: none */
+    float cap;             /* of the soft cap, 0: none; with rows only */
 };
 
 struct sm_ops;
@@ -81,7 +84,7 @@ void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
 void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
                          const struct sm_product *product);
 
-/* out = silu(gate) * up, of products gate and up of equal shape; out is [n][stride]. */
+/* out = silu(gate) * up, or gelu(gate) * up where gate.gelu, of products gate and up of equal shape; out is [n][stride]. */
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
                   const struct sm_product *up, float *out, size_t stride);
 

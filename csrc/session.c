@@ -31,6 +31,7 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     const struct sm_hparams *h = &s->model->h;
     size_t n = (size_t)s->params.n_batch, n_embd = (size_t)h->n_embd;
     size_t q_size = (size_t)(h->n_head * h->head), kv_size = (size_t)(h->n_head_kv * h->head);
+    size_t n_angles = (size_t)(h->n_rope * (h->n_rot / 2));
     /* The feed-forward has a row for each token, or for each expert that a token uses: of these
      * as many at once as there are tokens, and in decode all. */
     size_t n_ff = (size_t)h->n_ff, n_rows = n;
@@ -44,7 +45,8 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     } const parts[] = {
         {&s->buffers.x, n, n_embd}, {&s->buffers.q, n, q_size}, {&s->buffers.k, n, kv_size},
         {&s->buffers.v, n, kv_size}, {&s->buffers.h, n_rows, n_ff}, {&s->buffers.wanted, n, n_embd},
-        {&s->buffers.cos, n, (size_t)h->n_rot / 2}, {&s->buffers.sin, n, (size_t)h->n_rot / 2},
+        {&s->buffers.cos, n, n_angles}, {&s->buffers.sin, n, n_angles},
+        {&s->buffers.y, n, s->model->arch->norms == SM_NORMS_BEFORE ? 0 : n_embd},
     };
     size_t all = 0;
     for (size_t i = 0; i < SM_COUNT(parts); i++)

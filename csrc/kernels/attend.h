@@ -9,6 +9,7 @@
 #ifndef SM_ATTEND_H
 #define SM_ATTEND_H
 
+#include "../fma.h"
 #include "kernels.h"
 
 #define SM_TILE_Q 6
@@ -31,6 +32,8 @@ typedef void sm_score_fn(int kv_type, const struct sm_part *p);
 /* Scores at [begin, end), multiples of 16, become e_j where lo <= j < hi and 0 elsewhere. */
 typedef void sm_softmax_fn(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m,
                            float *l);
+/* x [n] = softcap(x, cap), n a multiple of 16. */
+typedef void sm_cap_fn(float *x, float cap, size_t n);
 /* o += e_j v_j; positions outside a query's own range have e_j = 0, and v is finite. */
 typedef void sm_value_fn(int kv_type, const struct sm_part *p);
 
@@ -79,9 +82,16 @@ sm_scale_part(const struct sm_attend *a, const struct sm_tile *t, sm_scale_fn *s
     }
 }
 
+/* s_j += slope * (j - at) at n positions from `begin` on, n a multiple of 16. */
+static inline void sm_add_slope(float *score, size_t begin, size_t n, float slope, int at) {
+    for (size_t j = begin; j < begin + n; j += 16)
+        for (size_t l = 0; l < 16; l++)
+            score[j + l] = sm_fma(slope, (float)((int)(j + l) - at), score[j + l]);
+}
+
 static inline __attribute__((always_inline)) void
-sm_attend_tiles(const struct sm_attend *a, int kv_type, sm_score_fn *score, sm_softmax_fn *softmax,
-                sm_value_fn *value, sm_widen_fn *widen, sm_scale_fn *scale) {
+sm_attend_tiles(const struct sm_attend *a, int kv_type, sm_score_fn *score, sm_cap_fn *cap,
+                sm_softmax_fn *softmax, sm_value_fn *value, sm_widen_fn *widen, sm_scale_fn *scale) {
     struct sm_tile tile[(SM_ATTEND_MAX + SM_TILE_Q - 1) / SM_TILE_Q];
     size_t n_tiles = (a->n_q + SM_TILE_Q - 1) / SM_TILE_Q, lo = SM_CHUNK, hi = 0;
     for (size_t t = 0, i = 0; t < n_tiles; t++) {
@@ -116,10 +126,13 @@ sm_attend_tiles(const struct sm_attend *a, int kv_type, sm_score_fn *score, sm_s
         }
     }
     for (size_t t = 0; t < n_tiles; t++)
-        for (size_t i = tile[t].first; i < tile[t].first + tile[t].n_q; i++)
-            softmax((float *)a->scratch + i * SM_SCORE_STRIDE, tile[t].lo / 16 * 16,
-                    sm_round_up(tile[t].hi, 16), (size_t)a->lo[i], (size_t)a->hi[i], a->m + i,
-                    a->l + i);
+        for (size_t i = tile[t].first; i < tile[t].first + tile[t].n_q; i++) {
+            float *s = (float *)a->scratch + i * SM_SCORE_STRIDE;
+            size_t begin = tile[t].lo / 16 * 16, end = sm_round_up(tile[t].hi, 16);
+            if (a->cap != 0) cap(s + begin, a->cap, end - begin);
+            if (a->slope != NULL) sm_add_slope(s, begin, end - begin, a->slope[i], a->at[i]);
+            softmax(s, begin, end, (size_t)a->lo[i], (size_t)a->hi[i], a->m + i, a->l + i);
+        }
     memset(a->o, 0, a->n_q * a->head * sizeof *a->o);
     for (size_t page = first; page <= last; page++) {
         const size_t base = page * SM_PAGE;

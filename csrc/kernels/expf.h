@@ -43,4 +43,10 @@ static inline float sm_expf(float x) {
     return x <= SM_EXPF_MIN ? 0.0f : p * scale;
 }
 
+/* cap tanh(x / cap) */
+static inline float sm_softcap(float x, float cap) {
+    float u = sm_expf(x * (2.0f / cap));
+    return cap * ((u - 1.0f) / (u + 1.0f));
+}
+
 #endif

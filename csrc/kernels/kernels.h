@@ -32,7 +32,8 @@
  *
  * Attention (attend, attend_fold).  Scores, probabilities and sums within one absolute chunk of
  * SM_CHUNK positions; only positions lo <= j < hi of the chunk are valid:
- *   s_j = q . k_j by acc = fma(q[d], k_j[d], acc), d ascending from acc = 0 (q is pre-scaled)
+ *   s_j = q . k_j by acc = fma(q[d], k_j[d], acc), d ascending from acc = 0 (q is pre-scaled);
+ *   with a cap, s_j = softcap(s_j, cap); with slopes, then s_j = fma(slope, (float)(j - at), s_j)
  *   m = max s_j;  e_j = expf(s_j - m);  l = tree16 of lanes lane[j % 16] += e_j, j ascending
  *   o[d] = acc = fma(e_j, v_j[d], acc), j ascending from acc = 0; then + 0.0f
  * K and V are read as the cache holds them.  int8 is read as the code c; the score is then (q . c_j) *
@@ -40,18 +41,20 @@
  * activations' are, one for each position and head (NaN and codes 0 where a value is not finite).
  * f16 rounds to nearest even and saturates at +-65504.  Chunks fold left in ascending order: the first is
  * copied; then M' = max(M, m), a = expf(M - M'), b = expf(m - M'), L = fma(L, a, l * b),
- * O = fma(O, a, o * b), M = M'.  The result is O * (1 / L).
+ * O = fma(O, a, o * b), M = M'.  The result is O * (1 / L).  A sink, a score that has no value, is
+ * a chunk before the first: m = sink, l = 1, o = 0.
  *
  * expf is expf.h's polynomial, never libm's.  silu(x) = x / (1 + expf(-x)).
  * sigmoid(x) = 1 / (1 + expf(-x)).
  * gelu(x) = x / (1 + expf(-(x * fma(B, x * x, A)))), A = 2 sqrt(2 / pi), B = 0.044715 A: the tanh
  * form 0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + exp(-2 u)).
+ * softcap(x, cap): u = expf(x * (2 / cap)); cap * ((u - 1) / (u + 1)), which is cap tanh(x / cap).
  * swiglu_clamped: g = min(gate, 7), u = max(-7, min(up, 7)), where NaN stays;
  * out = g / (1 + expf(-(g * 1.702f))) * (u + 1).
  * rms_norm: lanes lane[i % 16] = fma(x_i, x_i, lane), i ascending; ss = tree16;
  * r = 1 / sqrt(ss / n + eps) + (ss - ss), NaN where the squares overflow; out_i = (x_i * r) * w_i.
  * layer_norm: lanes lane[i % 16] += x_i, i ascending; mean = tree16 / n; d_i = x_i - mean; ss, r as
- * above, of d_i; out_i = fma(d_i * r, w_i, b_i).
+ * above, of d_i; out_i = fma(d_i * r, w_i, b_i), b_i = +0 where there is no b.
  * rope on a pair: (x0, x1) -> (fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)).
  *
  * Router (route).  Chosen are the n_used experts with the largest logits, of equal ones (-0 = +0) those
@@ -146,6 +149,9 @@ struct sm_attend {
     const float *q;        /* [n_q][head], pre-scaled */
     const int16_t *lo, *hi; /* [n_q] valid positions of the chunk */
     size_t n_q, head;      /* n_q <= SM_ATTEND_MAX; head <= SM_HEAD_MAX, a multiple of 4 */
+    float cap;             /* of the scores' soft cap; 0: none */
+    const float *slope;    /* [n_q] ALiBi: what a score changes by per position; NULL: none */
+    const int *at;         /* [n_q] with slopes: the query's position less the chunk's first */
     const void *k[SM_CHUNK_PAGES]; /* pages: [SM_PAGE / 16][head][16] of kv_type; NULL past max(hi) */
     const void *v[SM_CHUNK_PAGES]; /* pages: [SM_PAGE][head] of kv_type; behind both, for int8, float
                                     * scales [SM_PAGE] */
@@ -173,7 +179,7 @@ struct sm_kernels {
     void (*kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
                      const float *v, size_t head);
 
-    /* Norms, gelu, sigmoid and both swiglus may work in place. */
+    /* Norms, softcap, sigmoid and all that is a gelu or a glu may work in place.  b may be NULL. */
     void (*rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
     void (*layer_norm)(float *out, const float *x, const float *w, const float *b, size_t n, float eps);
     /* x[0 .. 2 n_pairs) in place, neighbours (x[2 i], x[2 i + 1]) turn by (cos[i], sin[i]). */
@@ -182,7 +188,9 @@ struct sm_kernels {
     void (*rope_halves)(float *x, const float *cos, const float *sin, size_t n_pairs);
     void (*swiglu)(float *out, const float *gate, const float *up, size_t n); /* silu(gate) * up */
     void (*swiglu_clamped)(float *out, const float *gate, const float *up, size_t n);
+    void (*geglu)(float *out, const float *gate, const float *up, size_t n);  /* gelu(gate) * up */
     void (*gelu)(float *out, const float *x, size_t n);
+    void (*softcap)(float *out, const float *x, float cap, size_t n);
     void (*sigmoid)(float *out, const float *x, size_t n);
     void (*scale)(float *out, const float *x, float a, size_t n);
     void (*add)(float *out, const float *x, size_t n);                        /* out += x */

@@ -7,15 +7,13 @@
  *   - otherwise: K and V of all tokens enter the cache in one phase, then blocks of tokens walk
  *     their chunks and fold as they go.
  * One load of K or V serves all query heads of its group. */
-#include <math.h>
-
 #include "../forward.h"
 
 #define TOKENS_PER_ITEM 8
 
 /* First position the token at `position` sees. */
 static int first_visible(const struct sm_attention *a, int position) {
-    int window = a->p->model->h.window;
+    int window = a->weights->plan.window;
     return window > 0 && position + 1 > window ? position + 1 - window : 0;
 }
 static int first_chunk(const struct sm_attention *a, int position) {
@@ -29,29 +27,43 @@ static float *query_of(const struct sm_attention *a, size_t t, size_t kv_head) {
 
 static void rope(const struct sm_attention *a, size_t t, float *x) {
     const struct sm_model *m = a->p->model;
+    if (a->weights->plan.rope < 0) return;
     size_t half = (size_t)m->h.n_rot / 2;
-    const float *cos = a->p->buffers->cos + t * half, *sin = a->p->buffers->sin + t * half;
+    size_t at = (t * (size_t)m->h.n_rope + (size_t)a->weights->plan.rope) * half;
+    const float *cos = a->p->buffers->cos + at, *sin = a->p->buffers->sin + at;
     switch (m->arch->rope) {
     case SM_ROPE_PAIRS: m->kernels->rope_pairs(x, cos, sin, half); break;
     case SM_ROPE_HALVES: m->kernels->rope_halves(x, cos, sin, half); break;
     }
 }
 
-/* Turned and scaled queries of token t and one kv head: out [group][head]. */
+/* Head `head` of q or k, x [head], in place; weight: as sm_qk_norm says, or NULL. */
+static void norm_head(const struct sm_attention *a, const float *weight, size_t head, float *x) {
+    const struct sm_model *m = a->p->model;
+    if (weight == NULL || m->arch->qk_norm == SM_QK_NORM_ROW) return;
+    size_t row = m->arch->qk_norm == SM_QK_NORM_HEADS ? head : 0;
+    sm_model_norm(m, x, x, weight + row * a->head, NULL, a->head);
+}
+
+/* Normed, turned and scaled queries of token t and one kv head: out [group][head]. */
 static void make_queries(const struct sm_attention *a, size_t t, size_t kv_head, float *out) {
     const float *q = query_of(a, t, kv_head);
     memcpy(out, q, a->group * a->head * sizeof(float));
-    for (size_t g = 0; g < a->group; g++) rope(a, t, out + g * a->head);
-    a->p->model->kernels->scale(out, out, a->scale, a->group * a->head);
+    for (size_t g = 0; g < a->group; g++) {
+        norm_head(a, a->weights->q_norm, kv_head * a->group + g, out + g * a->head);
+        rope(a, t, out + g * a->head);
+    }
+    a->p->model->kernels->scale(out, out, a->p->model->h.attn_scale, a->group * a->head);
 }
 
-/* Turns token t's k and writes k and v of one head to the cache.  tmp: [head] */
+/* Norms and turns token t's k and writes k and v of one head to the cache.  tmp: [head] */
 static void store_kv(const struct sm_attention *a, size_t t, size_t kv_head, float *tmp) {
     const struct sm_pass *p = a->p;
     size_t at = (t * a->n_head_kv + kv_head) * a->head;
     int position = p->batch->positions[t];
     const struct sm_page *page = p->batch->seqs[t]->pages[position / SM_PAGE];
     memcpy(tmp, p->buffers->k + at, a->head * sizeof(float));
+    norm_head(a, a->weights->k_norm, kv_head, tmp);
     rope(a, t, tmp);
     p->model->kernels->kv_store(p->cache->kv_type,
                                 sm_cache_part(p->cache, page, a->layer, (int)kv_head, 0),
@@ -71,6 +83,27 @@ static void set_pages(const struct sm_attention *a, struct sm_attend *call, cons
     }
     call->kv_type = c->kv_type;
     call->head = a->head;
+    call->cap = a->p->model->h.attn_cap;
+}
+
+/* Sum and maximum of a query head before its first chunk, O [head] with them: those of its sink.
+ * false where it has none. */
+static bool begin_with_sink(const struct sm_attention *a, size_t q_head, float *M, float *L, float *O) {
+    if (a->weights->sinks == NULL) return false;
+    *M = a->weights->sinks[q_head];
+    *L = 1;
+    memset(O, 0, a->head * sizeof(float));
+    return true;
+}
+
+/* What the queries of one kv head and token at `position` need for ALiBi in `chunk`. */
+static void set_slopes(const struct sm_attention *a, size_t kv_head, int position, int chunk,
+                       float *slope, int *at) {
+    const float *slopes = a->p->model->slopes;
+    for (size_t g = 0; g < a->group && slopes != NULL; g++) {
+        slope[g] = slopes[kv_head * a->group + g];
+        at[g] = position - chunk * SM_CHUNK;
+    }
 }
 
 /* Valid positions of `chunk` for a token at `position`. */
@@ -124,12 +157,16 @@ static void decode_item(void *context, size_t item, void *scratch, float *local)
 
     make_queries(a, d.t, d.kv_head, local);
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
+    float slope[SM_ATTEND_MAX];
+    int at[SM_ATTEND_MAX];
     for (size_t g = 0; g < a->group; g++) set_range(a, position, d.chunk, &lo[g], &hi[g]);
+    set_slopes(a, d.kv_head, position, d.chunk, slope, at);
     float *m = partial_of(a, d.t, d.kv_head, (size_t)(d.chunk - d.first));
     /* Neighbouring items are taken one after the other, mostly. */
     struct sm_attend call = {.q = local, .lo = lo, .hi = hi, .n_q = a->group, .m = m,
                              .l = m + a->group, .o = m + 2 * a->group, .scratch = scratch,
-                             .next = first_page(a, item + 1)};
+                             .next = first_page(a, item + 1),
+                             .slope = a->p->model->slopes != NULL ? slope : NULL, .at = at};
     set_pages(a, &call, batch->seqs[d.t], d.kv_head, d.chunk, position);
     a->p->model->kernels->attend(&call);
 }
@@ -145,8 +182,12 @@ static const float *decode_row(const struct sm_source *s, size_t t, float *out) 
             const float *first = partial_of(a, t, h, 0);
             float M = first[g], L = first[a->group + g];
             float *O = out + (h * a->group + g) * a->head;
-            memcpy(O, first + 2 * a->group + g * a->head, a->head * sizeof(float));
-            for (size_t c = 1; c < n_chunks; c++) {
+            size_t c = 0;
+            if (!begin_with_sink(a, h * a->group + g, &M, &L, O)) {
+                memcpy(O, first + 2 * a->group + g * a->head, a->head * sizeof(float));
+                c = 1;
+            }
+            for (; c < n_chunks; c++) {
                 const float *next = partial_of(a, t, h, c);
                 k->attend_fold(&M, &L, O, next[g], next[a->group + g],
                                next + 2 * a->group + g * a->head, a->head);
@@ -189,18 +230,26 @@ static void block_item(void *context, size_t item, void *scratch, float *local) 
         while (first_chunk(a, positions[end - 1]) > chunk) end--;
         if (begin >= end) continue;
         int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
-        for (size_t i = begin; i < end; i++)
+        float slope[SM_ATTEND_MAX];
+        int at[SM_ATTEND_MAX];
+        for (size_t i = begin; i < end; i++) {
             for (size_t g = 0; g < group; g++)
                 set_range(a, positions[i], chunk, &lo[i * group + g], &hi[i * group + g]);
+            set_slopes(a, kv_head, positions[i], chunk, slope + i * group, at + i * group);
+        }
         size_t from = begin * group;
         struct sm_attend call = {.q = q + from * head, .lo = lo + from, .hi = hi + from,
                                  .n_q = (end - begin) * group, .m = m + from, .l = l + from,
-                                 .o = o + from * head, .scratch = scratch};
+                                 .o = o + from * head, .scratch = scratch,
+                                 .slope = a->p->model->slopes != NULL ? slope + from : NULL,
+                                 .at = at + from};
         set_pages(a, &call, batch->seqs[block->first], kv_head, chunk, last);
         k->attend(&call);
         for (size_t i = begin; i < end; i++)
             for (size_t r = i * group; r < (i + 1) * group; r++) {
-                if (chunk == first_chunk(a, positions[i])) {
+                size_t q_head = kv_head * group + r % group;
+                if (chunk == first_chunk(a, positions[i]) &&
+                    !begin_with_sink(a, q_head, &M[r], &L[r], O + r * head)) {
                     M[r] = m[r];
                     L[r] = l[r];
                     memcpy(O + r * head, o + r * head, head * sizeof(float));
@@ -215,6 +264,22 @@ static void block_item(void *context, size_t item, void *scratch, float *local) 
                              O + (i * group + g) * head, L[i * group + g], head);
 }
 
+/* ---- norms of all heads together --------------------------------------------------------------------------- */
+
+static void norm_rows(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_attention *a = context;
+    const struct sm_model *m = a->p->model;
+    size_t kv_size = a->n_head_kv * a->head, q_size = a->group * kv_size;
+    size_t end = SM_MIN((item + 1) * TOKENS_PER_ITEM, a->p->batch->n);
+    (void)scratch;
+    (void)local;
+    for (size_t t = item * TOKENS_PER_ITEM; t < end; t++) {
+        float *q = a->p->buffers->q + t * q_size, *k = a->p->buffers->k + t * kv_size;
+        sm_model_norm(m, q, q, a->weights->q_norm, NULL, q_size);
+        sm_model_norm(m, k, k, a->weights->k_norm, NULL, kv_size);
+    }
+}
+
 /* ---- the mixer --------------------------------------------------------------------------------------------- */
 
 void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention *a,
@@ -223,10 +288,12 @@ void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention 
     const struct sm_batch *batch = p->batch;
     size_t q_size = (size_t)(h->n_head * h->head);
     *a = (struct sm_attention){
-        .p = p, .layer = layer, .group = (size_t)(h->n_head / h->n_head_kv),
+        .p = p, .layer = layer, .weights = &p->model->layers[layer], .group = (size_t)(h->n_head / h->n_head_kv),
         .head = (size_t)h->head, .n_head_kv = (size_t)h->n_head_kv,
-        .scale = (float)(1 / sqrt((double)h->head)),
     };
+    if (p->model->arch->qk_norm == SM_QK_NORM_ROW)
+        sm_ops_each(p->ops, SM_TIMER_ATTENTION, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
+                    norm_rows, a);
     if (batch->alone) {
         for (size_t t = 0; t < batch->n; t++) {
             int position = batch->positions[t];

@@ -690,6 +690,11 @@ static float ref_tree16(const float *lane) {
     return v[0] + v[1];
 }
 
+static float ref_softcap(float x, float cap) {
+    float u = sm_expf(x * (2.0f / cap));
+    return cap * ((u - 1.0f) / (u + 1.0f));
+}
+
 static void ref_attend(const struct sm_attend *a) {
     for (size_t i = 0; i < a->n_q; i++) {
         float s[SM_CHUNK], lane[16] = {0}, m = -INFINITY;
@@ -701,6 +706,8 @@ static void ref_attend(const struct sm_attend *a) {
                     sm_fma(a->q[i * a->head + d], kv_read(a->kv_type, a->k[j / SM_PAGE], at), acc);
             }
             if (a->kv_type == SMALLM_KV_Q8) acc *= *kv_scale(a->k[j / SM_PAGE], a->head, (size_t)j % SM_PAGE);
+            if (a->cap != 0) acc = ref_softcap(acc, a->cap);
+            if (a->slope != NULL) acc = sm_fma(a->slope[i], (float)(j - a->at[i]), acc);
             s[j] = acc;
             if (acc > m) m = acc;
         }
@@ -738,6 +745,9 @@ static void case_attend(uint64_t seed) {
     size_t ranges = below(4);
     bool vanishing = below(4) == 0; /* sums that end as a zero of either sign */
     float gain = (float[]){0.1f, 1.0f, 1.0f, 20.0f}[below(4)];
+    bool sloped = below(4) == 0;
+    float cap = below(4) == 0 ? 1.0f + fabsf(uniform()) * 50 : 0, slope[SM_ATTEND_MAX];
+    int query_at[SM_ATTEND_MAX];
 
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
     size_t first = SM_CHUNK, last = 0, group = 1 + below(8), at = below(SM_CHUNK),
@@ -756,15 +766,18 @@ static void case_attend(uint64_t seed) {
         }
         lo[i] = (int16_t)from;
         hi[i] = (int16_t)to;
+        slope[i] = fabsf(uniform());
+        query_at[i] = (int)position + (below(2) ? SM_CHUNK * (int)below(1000) : 0);
         first = SM_MIN(first, from);
         last = SM_MAX(last, to);
     }
     snprintf(shape, sizeof shape,
-             "head %zu, %zu queries, kv type %d, ranges %zu, [%zu, %zu), fill %d", head, n_q,
-             kv_type, ranges, first, last, (int)kind);
+             "head %zu, %zu queries, kv type %d, ranges %zu, [%zu, %zu), fill %d, cap %g%s", head,
+             n_q, kv_type, ranges, first, last, (int)kind, (double)cap, sloped ? ", slopes" : "");
 
     struct sm_attend a = {
-        .lo = lo, .hi = hi, .n_q = n_q, .head = head, .kv_type = kv_type, .scratch = scratch};
+        .lo = lo, .hi = hi, .n_q = n_q, .head = head, .kv_type = kv_type, .cap = cap,
+        .slope = sloped ? slope : NULL, .at = sloped ? query_at : NULL, .scratch = scratch};
     float *q = floats(n_q * head), *want = floats(n_q * (head + 2)),
           *got = floats(n_q * (head + 2));
     fill(q, n_q * head, kind == FILL_MIXED && below(2) ? FILL_USUAL : kind);
@@ -944,6 +957,11 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.layer_norm(got, got, w, cos, n, 1e-5f);
         compare(tiers[i].name, "layer_norm in place", got, want, n);
     }
+    for (size_t i = 0; i < n; i++) want[i] = sm_fma((x[i] - mean) * r, w[i], 0.0f);
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.layer_norm(got, x, w, NULL, n, 1e-5f);
+        compare(tiers[i].name, "layer_norm without b", got, want, n);
+    }
     for (size_t i = 0; i < n; i++) {
         want[2 * i] = sm_fma(x[2 * i], cos[i], -(x[2 * i + 1] * sin[i]));
         want[2 * i + 1] = sm_fma(x[2 * i], sin[i], x[2 * i + 1] * cos[i]);
@@ -974,6 +992,27 @@ static void case_vector(uint64_t seed) {
         memcpy(got, x, n * sizeof *got);
         tiers[i].k.gelu(got, got, n);
         compare(tiers[i].name, "gelu in place", got, want, n);
+    }
+    for (size_t i = 0; i < n; i++) want[i] *= w[i]; /* gelu(x), from above */
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.geglu(got, x, w, n);
+        compare(tiers[i].name, "geglu", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.geglu(got, got, w, n);
+        compare(tiers[i].name, "geglu in place", got, want, n);
+    }
+    float cap = 1.0f + fabsf(a) * 50;
+    for (size_t i = 0; i < n; i++) {
+        want[i] = ref_softcap(x[i], cap);
+        double exact = (double)cap * tanh((double)x[i] / (double)cap);
+        if (fabs((double)want[i] - exact) > 3e-7 * (double)cap) fail("softcap", "not cap tanh(x / cap)");
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.softcap(got, x, cap, n);
+        compare(tiers[i].name, "softcap", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.softcap(got, got, cap, n);
+        compare(tiers[i].name, "softcap in place", got, want, n);
     }
     for (size_t i = 0; i < n; i++) want[i] = 1.0f / (1.0f + sm_expf(-x[i]));
     for (size_t i = 0; i < n_tiers; i++) {

@@ -58,6 +58,12 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
             for (size_t l = 0; l < 16 && a->kv_type == SMALLM_KV_Q8; l++) s[l] *= scale[l];
         }
     }
+    for (size_t i = 0; i < a->n_q; i++) {
+        float *s = score + i * SM_CHUNK;
+        for (int j = a->lo[i]; j < a->hi[i] && a->cap != 0; j++) s[j] = sm_softcap(s[j], a->cap);
+        for (int j = a->lo[i]; j < a->hi[i] && a->slope != NULL; j++)
+            s[j] = sm_fma(a->slope[i], (float)(j - a->at[i]), s[j]);
+    }
     for (size_t i = 0; i < a->n_q; i++)
         softmax(score + i * SM_CHUNK, (size_t)a->lo[i], (size_t)a->hi[i], a->m + i, a->l + i);
     memset(a->o, 0, a->n_q * head * sizeof *a->o);

@@ -34,7 +34,8 @@ void SM_NAME(sm_layer_norm)(float *out, const float *x, const float *w, const fl
     }
     float ss = tree16(lane);
     float r = 1.0f / sqrtf(ss / (float)n + eps) + (ss - ss);
-    for (size_t i = 0; i < n; i++) out[i] = sm_fma((x[i] - mean) * r, w[i], b[i]);
+    for (size_t i = 0; i < n; i++)
+        out[i] = sm_fma((x[i] - mean) * r, w[i], b != NULL ? b[i] : 0.0f);
 }
 
 void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs) {
@@ -66,9 +67,20 @@ void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, 
     }
 }
 
+static float gelu(float x) {
+    return x / (1.0f + sm_expf(-(x * sm_fma(SM_GELU_B, x * x, SM_GELU_A))));
+}
+
+void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = gelu(gate[i]) * up[i];
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        out[i] = x[i] / (1.0f + sm_expf(-(x[i] * sm_fma(SM_GELU_B, x[i] * x[i], SM_GELU_A))));
+    for (size_t i = 0; i < n; i++) out[i] = gelu(x[i]);
+}
+
+void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = sm_softcap(x[i], cap);
 }
 
 void SM_NAME(sm_sigmoid)(float *out, const float *x, size_t n) {

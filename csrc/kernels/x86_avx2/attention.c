@@ -89,6 +89,12 @@ INLINE __m256 valid(size_t j, size_t lo, size_t hi) {
     return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
 }
 
+INLINE void cap_scores(float *x, float cap, size_t n) {
+    const __m256 c = _mm256_set1_ps(cap), twice = _mm256_set1_ps(2.0f / cap);
+    for (size_t i = 0; i < n; i += 8)
+        _mm256_storeu_ps(x + i, softcap8(_mm256_loadu_ps(x + i), c, twice));
+}
+
 INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m_out,
                     float *l_out) {
     const __m256 least = _mm256_set1_ps(-__builtin_inff());
@@ -183,13 +189,13 @@ INLINE void scale(float *x, const float *by, size_t lo, size_t hi) {
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F16, score_part, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F16, score_part, cap_scores, softmax, value_part, widen, scale);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F32, score_part, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F32, score_part, cap_scores, softmax, value_part, widen, scale);
 }
 static void attend_q8(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, cap_scores, softmax, value_part, widen, scale);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {

@@ -55,7 +55,8 @@ void SM_NAME(sm_layer_norm)(float *out, const float *x, const float *w, const fl
     __m256 r = _mm256_set1_ps(1.0f / sqrtf(ss / (float)n + eps) + (ss - ss));
     for (size_t i = 0; i < n; i += 8) {
         __m256 d = _mm256_mul_ps(centred(x, i, n, mean), r);
-        store(out, i, n, _mm256_fmadd_ps(d, load(w, i, n), load(b, i, n)));
+        __m256 bias = b != NULL ? load(b, i, n) : _mm256_setzero_ps();
+        store(out, i, n, _mm256_fmadd_ps(d, load(w, i, n), bias));
     }
 }
 
@@ -109,15 +110,18 @@ void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, 
     }
 }
 
+void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 8)
+        store(out, i, n, _mm256_mul_ps(gelu8(load(gate, i, n)), load(up, i, n)));
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
-    const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
-    for (size_t i = 0; i < n; i += 8) {
-        __m256 v = load(x, i, n);
-        __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(SM_GELU_B), _mm256_mul_ps(v, v),
-                                   _mm256_set1_ps(SM_GELU_A));
-        u = _mm256_xor_ps(_mm256_mul_ps(v, u), sign);
-        store(out, i, n, _mm256_div_ps(v, _mm256_add_ps(one, expf8(u))));
-    }
+    for (size_t i = 0; i < n; i += 8) store(out, i, n, gelu8(load(x, i, n)));
+}
+
+void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n) {
+    const __m256 c = _mm256_set1_ps(cap), twice = _mm256_set1_ps(2.0f / cap);
+    for (size_t i = 0; i < n; i += 8) store(out, i, n, softcap8(load(x, i, n), c, twice));
 }
 
 void SM_NAME(sm_peaks)(float *out, const float *x, size_t n) {

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "../expf.h"
+#include "../kernels.h"
 
 static inline __m256 expf8(__m256 x) {
     const __m256 magic = _mm256_set1_ps(SM_EXPF_MAGIC);
@@ -25,6 +26,21 @@ static inline __m256 expf8(__m256 x) {
     __m256i scale = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23),
                                      _mm256_set1_epi32(0x3f800000));
     return _mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(scale)), kept);
+}
+
+/* sm_softcap on 8 lanes; twice: 2 / cap. */
+static inline __m256 softcap8(__m256 x, __m256 cap, __m256 twice) {
+    const __m256 one = _mm256_set1_ps(1.0f);
+    __m256 u = expf8(_mm256_mul_ps(x, twice));
+    return _mm256_mul_ps(cap, _mm256_div_ps(_mm256_sub_ps(u, one), _mm256_add_ps(u, one)));
+}
+
+/* gelu(x), of kernels.h */
+static inline __m256 gelu8(__m256 x) {
+    __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(SM_GELU_B), _mm256_mul_ps(x, x),
+                               _mm256_set1_ps(SM_GELU_A));
+    u = _mm256_xor_ps(_mm256_mul_ps(x, u), _mm256_set1_ps(-0.0f));
+    return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), expf8(u)));
 }
 
 /* v[i] += v[i + 8] (lo and hi), then + 4, + 2, + 1. */

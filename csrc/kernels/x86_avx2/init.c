@@ -13,7 +13,9 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->rope_halves = SM_NAME(sm_rope_halves);
     k->swiglu = SM_NAME(sm_swiglu);
     k->swiglu_clamped = SM_NAME(sm_swiglu_clamped);
+    k->geglu = SM_NAME(sm_geglu);
     k->gelu = SM_NAME(sm_gelu);
+    k->softcap = SM_NAME(sm_softcap);
     k->peaks = SM_NAME(sm_peaks);
     SM_NAME(sm_init_matmul)(k);
 }

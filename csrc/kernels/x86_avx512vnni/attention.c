@@ -84,6 +84,12 @@ INLINE __mmask16 valid(size_t j, size_t lo, size_t hi) {
     return lanes_below(hi > j ? hi - j : 0) & (__mmask16)~lanes_below(lo > j ? lo - j : 0);
 }
 
+INLINE void cap_scores(float *x, float cap, size_t n) {
+    const __m512 c = _mm512_set1_ps(cap), twice = _mm512_set1_ps(2.0f / cap);
+    for (size_t i = 0; i < n; i += 16)
+        _mm512_storeu_ps(x + i, softcap16(_mm512_loadu_ps(x + i), c, twice));
+}
+
 INLINE void softmax(float *score, size_t begin, size_t end, size_t lo, size_t hi, float *m_out,
                     float *l_out) {
     __m512 max = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
@@ -174,13 +180,13 @@ INLINE void scale(float *x, const float *by, size_t lo, size_t hi) {
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F16, score_part, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F16, score_part, cap_scores, softmax, value_part, widen, scale);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F32, score_part, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F32, score_part, cap_scores, softmax, value_part, widen, scale);
 }
 static void attend_q8(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, cap_scores, softmax, value_part, widen, scale);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {

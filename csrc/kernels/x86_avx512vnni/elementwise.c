@@ -1,5 +1,5 @@
-/* SwiGLU, also clamped, and GELU on vectors of 16, the last one masked.  Norms and rotations gain nothing over
- * AVX2. */
+/* SwiGLU, also clamped, GELU, GEGLU and soft caps on vectors of 16, the last one masked.  Norms and
+ * rotations gain nothing over AVX2. */
 #include "../tier.h"
 #include "expf.h"
 
@@ -34,14 +34,26 @@ void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, 
     }
 }
 
+void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(i, n);
+        __m512 g = gelu16(_mm512_maskz_loadu_ps(mask, gate + i));
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i)));
+    }
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
-    const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(i, n);
+        _mm512_mask_storeu_ps(out + i, mask, gelu16(_mm512_maskz_loadu_ps(mask, x + i)));
+    }
+}
+
+void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n) {
+    const __m512 c = _mm512_set1_ps(cap), twice = _mm512_set1_ps(2.0f / cap);
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = lanes(i, n);
         __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
-        __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(SM_GELU_B), _mm512_mul_ps(v, v),
-                                   _mm512_set1_ps(SM_GELU_A));
-        u = _mm512_xor_ps(_mm512_mul_ps(v, u), sign);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_div_ps(v, _mm512_add_ps(one, expf16(u))));
+        _mm512_mask_storeu_ps(out + i, mask, softcap16(v, c, twice));
     }
 }

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "../expf.h"
+#include "../kernels.h"
 
 static inline __m512 expf16(__m512 x) {
     const __m512 magic = _mm512_set1_ps(SM_EXPF_MAGIC);
@@ -23,6 +24,21 @@ static inline __m512 expf16(__m512 x) {
     /* Below the kept range the lanes are whatever they are; n is small enough in it for exact
      * scaling. */
     return _mm512_maskz_scalef_ps(kept, p, n);
+}
+
+/* sm_softcap on 16 lanes; twice: 2 / cap. */
+static inline __m512 softcap16(__m512 x, __m512 cap, __m512 twice) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 u = expf16(_mm512_mul_ps(x, twice));
+    return _mm512_mul_ps(cap, _mm512_div_ps(_mm512_sub_ps(u, one), _mm512_add_ps(u, one)));
+}
+
+/* gelu(x), of kernels.h */
+static inline __m512 gelu16(__m512 x) {
+    __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(SM_GELU_B), _mm512_mul_ps(x, x),
+                               _mm512_set1_ps(SM_GELU_A));
+    u = _mm512_xor_ps(_mm512_mul_ps(x, u), _mm512_set1_ps(-0.0f));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), expf16(u)));
 }
 
 /* v[i] += v[i + 8], then + 4, + 2, + 1. */

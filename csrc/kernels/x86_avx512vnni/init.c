@@ -8,6 +8,8 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->attend = SM_NAME(sm_attend);
     k->swiglu = SM_NAME(sm_swiglu);
     k->swiglu_clamped = SM_NAME(sm_swiglu_clamped);
+    k->geglu = SM_NAME(sm_geglu);
     k->gelu = SM_NAME(sm_gelu);
+    k->softcap = SM_NAME(sm_softcap);
     SM_NAME(sm_init_matmul)(k);
 }
