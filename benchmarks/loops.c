@@ -98,7 +98,7 @@ static void multiply_layers(struct run *r, int thread) {
         const struct sm_layer *layer = &r->m->layers[i];
         bool fused = layer->wqkv.n_rows > 0; /* then wq, wk and wv are its parts */
 #define SM_VECTOR(...)
-#define SM_BIASES(...)
+#define SM_ROWS(...)
 #define SM_EXPERTS(...)
 #define SM_MATRIX(field, ...) \
     if (!fused || (&layer->field != &layer->wq && &layer->field != &layer->wk && \
@@ -106,9 +106,9 @@ static void multiply_layers(struct run *r, int thread) {
         multiply(r, &layer->field, n, thread);
 #include "tensors.def"
 #undef SM_VECTOR
-#undef SM_MATRIX
-#undef SM_BIASES
+#undef SM_ROWS
 #undef SM_EXPERTS
+#undef SM_MATRIX
     }
 }
 
