@@ -23,6 +23,11 @@ static const struct sm_token_model models[] = {
      .needs_types = true, .needs_unknown = true,
      .bos = 101, .eos = 102, .unknown = 100, .add_bos = true, .add_eos = true, .add_space = true,
      .load = sm_wordpiece_load, .encode = sm_wordpiece_encode},
+    {.name = "t5",
+     .marks_spaces = true,
+     .needs_scores = true, .needs_types = true, .needs_unknown = true,
+     .bos = -1, .eos = 1, .unknown = 2, .add_eos = true,
+     .load = sm_unigram_load, .encode = sm_unigram_encode},
 };
 
 static int load_model(struct sm_vocab_load *b) {
@@ -37,8 +42,9 @@ static int load_model(struct sm_vocab_load *b) {
             t->model = &models[i];
     if (t->model == NULL)
         return sm_fail(b->err, SMALLM_E_UNSUPPORTED,
-                       "%s: tokenizer.ggml.model is \"%s\"; known are %s, %s, %s", b->path,
-                       sm_vocab_show(b, 0, name), models[0].name, models[1].name, models[2].name);
+                       "%s: tokenizer.ggml.model is \"%s\"; known are %s, %s, %s, %s", b->path,
+                       sm_vocab_show(b, 0, name), models[0].name, models[1].name, models[2].name,
+                       models[3].name);
     if (!t->model->has_pretok) return SMALLM_OK;
     status = sm_gguf_get_string(b->g, "tokenizer.ggml.pre", &pre, &found, b->err);
     if (status != SMALLM_OK) return status;
@@ -80,6 +86,9 @@ void sm_tokenizer_free(struct sm_tokenizer *t) {
     sm_trie_free(&t->control);
     sm_trie_free(&t->user);
     sm_trie_free(&t->tokens);
+    sm_free(t->charsmap.units);
+    sm_free(t->charsmap.strings);
+    sm_free(t->scores);
     sm_free(t);
 }
 
@@ -121,6 +130,18 @@ void sm_encode_unknown(struct sm_encode *e, const char *s, size_t n) {
         sm_encode_emit(e, t->unknown);
     }
     e->unknown_before = !bytes;
+}
+
+int sm_encode_by_words(struct sm_encode *e, const char *s, size_t n,
+                       int (*encode)(struct sm_encode *e, const char *s, size_t n)) {
+    size_t start = 0;
+    for (size_t i = 1; i < n && e->t->space_starts_word; i++) {
+        if (s[i] != ' ' || s[i - 1] == ' ') continue;
+        int status = encode(e, s + start, i - start);
+        if (status != SMALLM_OK) return status;
+        start = i;
+    }
+    return start < n ? encode(e, s + start, n - start) : SMALLM_OK;
 }
 
 static int find_special(struct sm_encode *e, const struct sm_trie *trie, const char *s, size_t n,
@@ -204,6 +225,8 @@ done:
     sm_free(copy);
     sm_free(e.symbols);
     sm_free(e.heap);
+    sm_free(e.normal);
+    sm_free(e.best);
     sm_free(e.control.list);
     sm_free(e.user.list);
     return status;

@@ -123,7 +123,8 @@ enum smallm_token_flags {
 };
 
 /* Writes at most `capacity` ids and always sets *n_ids to the number there are: with
- * *n_ids > capacity call again with room.  n_bytes + 8 ids always suffice.
+ * *n_ids > capacity call again with room.  n_bytes + 8 ids suffice, unless the model's tokenizer is
+ * Unigram, whose normalizer may make a text longer.
  * SMALLM_E_ARGUMENT: the text is not valid UTF-8 (the message names the byte's position). */
 int smallm_tokenize(const smallm_model *model, const char *text, size_t n_bytes, uint32_t flags,
                     int32_t *ids, size_t capacity, size_t *n_ids, smallm_error *err);

@@ -276,15 +276,18 @@ class Model:
         data = utf8("text", text)
         flags = lib.SMALLM_ADD_SPECIAL if add_special else 0
         flags |= lib.SMALLM_PARSE_SPECIAL if parse_special else 0
-        capacity = len(data) + 8
-        ids, n_ids, error = ffi.new("int32_t[]", capacity), ffi.new("size_t *"), new("error")
-        arguments = (data, len(data), flags, ids, capacity, n_ids, error)
-        call = partial(on, self._live().model, lib.smallm_tokenize, *arguments)
-        status = interruptible(call) if len(data) > LONG_TEXT else call()
-        del call
-        check(status, error)
-        result: list[int] = ffi.unpack(ids, n_ids[0])
-        return result
+        capacity, n_ids, error = len(data) + 8, ffi.new("size_t *"), new("error")
+        while True:
+            ids = ffi.new("int32_t[]", capacity)
+            arguments = (data, len(data), flags, ids, capacity, n_ids, error)
+            call = partial(on, self._live().model, lib.smallm_tokenize, *arguments)
+            status = interruptible(call) if len(data) > LONG_TEXT else call()
+            del call
+            check(status, error)
+            if n_ids[0] <= capacity:
+                result: list[int] = ffi.unpack(ids, n_ids[0])
+                return result
+            capacity = n_ids[0]
 
     def detokenize(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.

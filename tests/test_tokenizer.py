@@ -30,6 +30,8 @@ words = st.sampled_from(reference.WORDS).map(lambda word: " " + word)
 runs = st.builds(lambda s, n: s * n, fragments, st.integers(1, 40))
 texts = st.lists(st.one_of(fragments, fragments, words, characters, runs), max_size=24).map("".join)
 
+Change = Callable[[dict[str, Any]], dict[str, Any]]  # of tokenizer keys
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_start|>system", "<|i")
 USER = ("  ", "      ", "<tool>", "</tool>", "\n\n\n", "tool")
 
@@ -375,6 +377,111 @@ def test_wordpiece_without_its_special_tokens(tmp_path: Path) -> None:
     refuse(tmp_path, smallm.CorruptModelError, "bos_token_id is missing", less)
 
 
+# ---- Unigram -------------------------------------------------------------------------------------
+
+UNIGRAM = {
+    "T5's": {"rules": "nmt_nfkc", "merge_spaces": True, "byte_fallback": False},
+    "bytes": {"rules": "nmt_nfkc", "merge_spaces": True, "byte_fallback": True},
+    "folded": {"rules": "nfkc_cf", "merge_spaces": False, "byte_fallback": False},
+    "as it is": {"rules": "identity", "merge_spaces": False, "add_dummy_prefix": False},
+    "merged": {"rules": "identity", "merge_spaces": True, "add_dummy_prefix": False},
+}
+
+
+@pytest.mark.parametrize("name", UNIGRAM)
+def test_unigram_ids(load: Callable[..., Any], name: str) -> None:
+    """SentencePiece normalizes, `tokenizers` searches.  (sentencepiece sums in floats.)"""
+    processor, keys = reference.trained_sentencepiece(model_type="unigram", **UNIGRAM[name])
+    keys = {**keys, "tokenizer.ggml.add_eos_token": True}
+    oracle = reference.unigram_tokenizer(keys)
+    tokens = keys["tokenizer.ggml.tokens"]
+    byte_ids = {f"<0x{b:02X}>": processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)}
+    fallback = "<0x00>" in tokens
+    model = load(f"unigram {name}", keys)
+
+    def compare(text: str) -> None:
+        normal = processor.normalize(text)
+        done = oracle.encode(normal)
+        expected: list[int] = []
+        for i, piece in zip(done.ids, done.tokens, strict=True):
+            if i == 0 and fallback:
+                expected += [byte_ids[f"<0x{b:02X}>"] for b in piece.encode()]
+            else:
+                expected.append(i)
+        ids = model.tokenize(text, add_special=False)
+        assert ids == expected
+        assert model.tokenize(text) == [*ids, 2]
+        if 0 not in ids:
+            prefix = keys["tokenizer.ggml.add_space_prefix"]
+            plain = normal.replace("\u2581", " ")
+            assert model.detokenize(ids) == (plain.removeprefix(" ") if prefix else plain)
+
+    for text in reference.pairs():
+        compare(text.replace("\0", ""))
+
+    @SETTINGS
+    @given(texts)
+    def check(text: str) -> None:
+        compare(text.replace("\0", ""))
+
+    check()
+
+
+def test_unigram_like_t5(load: Callable[..., Any]) -> None:
+    """The whole of tokenizer.json's steps, and sentencepiece's own ids, on lines of words."""
+    processor, keys = reference.trained_sentencepiece(model_type="unigram", **UNIGRAM["T5's"])
+    model = load("unigram like t5", keys)
+    oracle = reference.t5_tokenizer(keys)
+    same = 0
+    for line in reference.corpus()[:400]:
+        line = line.replace("\0", "")
+        ids = model.tokenize(line, add_special=False)
+        assert ids == processor.encode(line)
+        # Its normalizer takes clusters of characters, and the map's rules for one inside are lost.
+        if reference.normalizes_alike(oracle, processor, line):
+            assert ids == oracle.encode(line).ids
+            same += 1
+    assert same > 200
+
+
+def test_unigram_user_tokens(load: Callable[..., Any]) -> None:
+    """They are found as they are, before anything is normalized, and a text begins after each."""
+    _, keys = reference.trained_sentencepiece(model_type="unigram", **UNIGRAM["T5's"])
+    tokens = [*keys["tokenizer.ggml.tokens"], "<extra_id_0>", "\uff21\uff21"]
+    kinds = [*keys["tokenizer.ggml.token_type"].value, 4, 4]
+    n = len(tokens)
+    extended = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types(*kinds),
+        "tokenizer.ggml.scores": [*keys["tokenizer.ggml.scores"], 0.0, 0.0],
+    }
+    model = load("unigram user", {**keys, **extended})
+
+    def ids(text: str) -> list[int]:
+        return list(model.tokenize(text, add_special=False))
+
+    assert ids("the<extra_id_0> of \uff21\uff21 \uff21 <extra_id_0>") == [
+        *ids("the"), n - 2, *ids("of"), n - 1, *ids("A"), n - 2
+    ]  # fmt: skip
+    assert ids("A") == ids("\uff21")
+
+
+def charsmap(*changes: tuple[int, int]) -> Change:
+    """The map of characters with some of its bytes replaced, or cut at a negative position."""
+
+    def change(keys: dict[str, Any]) -> dict[str, Any]:
+        values = list(keys["tokenizer.ggml.precompiled_charsmap"].value)
+        for at, value in changes:
+            if value < 0:
+                values = values[:at]
+            else:
+                values[at] = value
+        kv = KV(GGUFValueType.ARRAY, values, GGUFValueType.UINT8)
+        return {"tokenizer.ggml.precompiled_charsmap": kv}
+
+    return change
+
+
 # ---- what generating makes of tokens -------------------------------------------------------------
 
 
@@ -532,9 +639,6 @@ def test_long_runs_come_back(load: Callable[..., Any], text: str, n: int) -> Non
         assert model.detokenize(ids, skip_special=False) in (text * n, "<s>" + text * n)
 
 
-Change = Callable[[dict[str, Any]], dict[str, Any]]
-
-
 def with_token(i: int, text: str) -> Change:
     def change(keys: dict[str, Any]) -> dict[str, Any]:
         tokens = list(keys["tokenizer.ggml.tokens"])
@@ -576,6 +680,13 @@ CORRUPT: list[tuple[str, str, Change]] = [
     ("llama", "scores of token 0 is -inf", with_key("scores", [MINUS_INFINITY] * 900)),
     ("llama", "not like <0x0A>", with_token(7, "<0xZZ>")),
     ("llama", "256 of the 256 byte tokens", with_key("token_type", types(*[1] * 900))),
+    ("t5", "charsmap is an array of", with_key("precompiled_charsmap", [1.0])),
+    ("t5", "charsmap has 2 bytes, at most", charsmap((2, -1))),
+    ("t5", "says that 255", charsmap((0, 255), (1, 0), (2, 0))),
+    ("t5", "is not a map of at most", charsmap((4, 0), (5, 0), (6, 0), (7, 127))),
+    ("t5", "is not a map of at most", charsmap((-1, 65))),
+    ("t5", "is not a map of at most", charsmap((-2, 255))),
+    ("t5", "has 1025 bytes; at most 1024", with_token(700, "x" * 1025)),
 ]
 
 
@@ -585,11 +696,20 @@ def test_corrupt_vocabularies_are_refused(
 ) -> None:
     if model == "gpt2":
         keys = reference.trained_byte_level("gpt-2", special=SPECIAL)[1]
+    elif model == "t5":
+        keys = reference.trained_sentencepiece(model_type="unigram", **UNIGRAM["T5's"])[1]
     else:
         keys = dict(reference.trained_sentencepiece()[1])
         if "byte tokens" in match:
             del keys["tokenizer.ggml.unknown_token_id"]
     refuse(tmp_path, smallm.CorruptModelError, re.escape(match), {**keys, **change(keys)})
+
+
+def test_missing_scores_are_refused(tmp_path: Path) -> None:
+    for kind in ("bpe", "unigram"):
+        keys = dict(reference.trained_sentencepiece(model_type=kind)[1])
+        del keys["tokenizer.ggml.scores"]
+        refuse(tmp_path, smallm.CorruptModelError, "scores is missing", keys)
 
 
 @pytest.mark.parametrize("key", ["merges", "model", "tokens"])
@@ -603,6 +723,6 @@ def test_missing_keys_are_refused(tmp_path: Path, key: str) -> None:
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     keys = reference.trained_byte_level("gpt-2")[1]
-    for key, match in (("model", "gpt2, llama, bert"), ("pre", "gpt-2, .*qwen2")):
+    for key, match in (("model", "gpt2, llama, bert, t5"), ("pre", "gpt-2, .*qwen2")):
         changed = {**keys, "tokenizer.ggml." + key: "klingon"}
         refuse(tmp_path, smallm.UnsupportedModelError, f"klingon.*{match}", changed)

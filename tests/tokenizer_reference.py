@@ -430,21 +430,28 @@ def wordpiece_keys(
 def trained_sentencepiece(
     n_vocab: int = 900,
     *,
+    model_type: str = "bpe",
+    rules: str = "identity",
+    merge_spaces: bool = False,
     byte_fallback: bool = True,
     add_dummy_prefix: bool = True,
     user: tuple[str, ...] = (),
 ) -> tuple[spm.SentencePieceProcessor, dict[str, Any]]:
-    """A BPE vocabulary trained as Llama's was: no normalization, no space removed."""
+    """As it stands, a BPE vocabulary like Llama's: no normalization, no space removed.
+
+    model_type "unigram" with rules "nmt_nfkc" and merge_spaces is like T5's.
+    """
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=(line.rstrip("\r\n").replace("\0", "") for line in corpus()),
         model_writer=model,
-        model_type="bpe",
+        model_type=model_type,
         vocab_size=n_vocab,
+        hard_vocab_limit=model_type == "bpe",
         byte_fallback=byte_fallback,
         add_dummy_prefix=add_dummy_prefix,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
+        remove_extra_whitespaces=merge_spaces,
+        normalization_rule_name=rules,
         split_digits=True,
         allow_whitespace_only_pieces=True,
         character_coverage=0.995,
@@ -482,18 +489,67 @@ def wire_fields(data: bytes) -> Iterator[tuple[int, Any]]:
 def sentencepiece_keys(model: bytes) -> tuple[spm.SentencePieceProcessor, dict[str, Any]]:
     """The processor of a serialized model, and its GGUF keys as a converter writes them."""
     processor = spm.SentencePieceProcessor(model_proto=model)
-    # ModelProto: 1 = pieces (1 = text, 2 = score, 3 = type), 3 = normalizer (3 = dummy prefix).
+    # ModelProto: 1 = pieces (1 = text, 2 = score, 3 = type), 2 = trainer (3 = kind of model),
+    # 3 = normalizer (2 = map of characters, 3 = dummy prefix, 4 = remove extra spaces).
     pieces = [dict(wire_fields(value)) for field, value in wire_fields(model) if field == 1]
-    normalizer = [dict(wire_fields(value)) for field, value in wire_fields(model) if field == 3]
+    trainer, normalizer = (
+        dict(
+            f for number, value in wire_fields(model) if number == field for f in wire_fields(value)
+        )
+        for field in (2, 3)
+    )
     types = [piece.get(3, NORMAL) for piece in pieces]
+    unigram = trainer.get(3, 1) == 1
     keys = {
-        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.model": "t5" if unigram else "llama",
         "tokenizer.ggml.tokens": [piece[1].decode() for piece in pieces],
         "tokenizer.ggml.scores": [struct.unpack("<f", piece[2])[0] for piece in pieces],
         "tokenizer.ggml.token_type": KV(GGUFValueType.ARRAY, types, GGUFValueType.INT32),
         "tokenizer.ggml.bos_token_id": processor.bos_id(),
         "tokenizer.ggml.eos_token_id": processor.eos_id(),
         "tokenizer.ggml.unknown_token_id": processor.unk_id(),
-        "tokenizer.ggml.add_space_prefix": bool(normalizer[0].get(3, True)),
+        "tokenizer.ggml.add_space_prefix": bool(normalizer.get(3, True)),
     }
+    if unigram:
+        keys["tokenizer.ggml.remove_extra_whitespaces"] = bool(normalizer.get(4, True))
+        charsmap = list(normalizer.get(2, b""))
+        if charsmap:
+            kv = KV(GGUFValueType.ARRAY, charsmap, GGUFValueType.UINT8)
+            keys["tokenizer.ggml.precompiled_charsmap"] = kv
     return processor, keys
+
+
+def unigram_tokenizer(keys: dict[str, Any]) -> Tokenizer:
+    """`tokenizers`' search over normalized text: its own normalizer differs from SentencePiece's.
+
+    Control, unknown and byte tokens are left out of its tree: no text is meant to become one.
+    """
+    types = keys["tokenizer.ggml.token_type"].value
+    rows = [
+        (text if kind in (NORMAL, USER_DEFINED) or i == 0 else f"\ue123{i}", score)
+        for i, (text, kind, score) in enumerate(
+            zip(keys["tokenizer.ggml.tokens"], types, keys["tokenizer.ggml.scores"], strict=True)
+        )
+    ]
+    rows[0] = ("\ue1230", min(score for (_, score) in rows))
+    tokenizer = Tokenizer(models.Unigram(rows, unk_id=0, byte_fallback=False))
+    # Word by word, as T5's own does.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex("\u2581+[^\u2581]*|[^\u2581]+"), "isolated"
+    )
+    return tokenizer
+
+
+def t5_tokenizer(keys: dict[str, Any]) -> Tokenizer:
+    """`tokenizers` with all the steps of T5's tokenizer.json."""
+    tokenizer = unigram_tokenizer(keys)
+    charsmap = bytes(keys["tokenizer.ggml.precompiled_charsmap"].value)
+    tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
+
+
+def normalizes_alike(oracle: Tokenizer, processor: spm.SentencePieceProcessor, text: str) -> bool:
+    words = oracle.normalizer.normalize_str(text).split()
+    return processor.normalize(text) == "".join("\u2581" + word for word in words)

@@ -137,17 +137,14 @@ static int build_pairs(struct sm_vocab_load *b) {
     return SMALLM_OK;
 }
 
-/* SentencePiece: tokens of one character, and whether words can be taken one by one. */
+/* SentencePiece: tokens of one character. */
 static int load_letters(struct sm_vocab_load *b) {
     struct sm_tokenizer *t = b->t;
     size_t count = 0;
-    t->space_starts_word = true;
     for (int pass = 0; pass < 2; pass++) {
         for (int32_t id = 0; id < t->n_vocab; id++) {
             struct sm_str s = t->pieces[id];
             if (t->kinds[id] != SM_TOKEN_NORMAL || s.n == 0) continue;
-            for (size_t i = 1; i < s.n; i++)
-                if (s.s[i] == ' ' && s.s[i - 1] != ' ') t->space_starts_word = false;
             if (s.n != sm_utf8_length((uint8_t)s.s[0])) continue;
             /* A token that is a literal space is never made: U+2581 stands for it. */
             if (s.s[0] == ' ' && sm_vocab_text(b, id).n == 1) continue;
@@ -321,12 +318,5 @@ int sm_bpe_encode_bytes(struct sm_encode *e, const char *s, size_t n) {
 }
 
 int sm_bpe_encode_words(struct sm_encode *e, const char *s, size_t n) {
-    size_t start = 0;
-    for (size_t i = 1; i < n && e->t->space_starts_word; i++) {
-        if (s[i] != ' ' || s[i - 1] == ' ') continue;
-        int status = encode_word(e, s + start, i - start);
-        if (status != SMALLM_OK) return status;
-        start = i;
-    }
-    return start < n ? encode_word(e, s + start, n - start) : SMALLM_OK;
+    return sm_encode_by_words(e, s, n, encode_word);
 }

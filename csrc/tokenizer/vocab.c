@@ -221,6 +221,7 @@ static int load_pieces(struct sm_vocab_load *b) {
     t->blob = sm_alloc(total);
     if (t->pieces == NULL || t->blob == NULL) return sm_vocab_no_memory(b, "tokens");
     for (size_t i = 0; i < 256; i++) t->byte_ids[i] = -1;
+    t->space_starts_word = true;
     char *at = t->blob;
     for (int32_t id = 0; id < t->n_vocab; id++) {
         struct sm_str s = sm_vocab_text(b, id);
@@ -250,6 +251,8 @@ static int load_pieces(struct sm_vocab_load *b) {
             if (n == 0) memcpy(at, s.s, n = s.n);
         }
         t->pieces[id] = (struct sm_str){at, n};
+        for (size_t i = 1; i < n && kind == SM_TOKEN_NORMAL; i++)
+            if (at[i] == ' ' && at[i - 1] != ' ') t->space_starts_word = false;
         at += n;
     }
     return SMALLM_OK;

@@ -80,6 +80,13 @@ struct sm_letter { /* id == -1: an empty slot */
     int32_t id;
 };
 
+struct sm_charsmap { /* a double array over bytes, in Darts' form, whose values are in strings */
+    uint32_t *units; /* [n_units] */
+    char *strings;   /* [n_strings] each ends in NUL */
+    uint32_t n_units;
+    size_t n_strings;
+};
+
 struct sm_tokenizer {
     const struct sm_token_model *model;
     int32_t n_vocab;
@@ -91,6 +98,7 @@ struct sm_tokenizer {
     struct sm_trie control, user; /* backwards: special tokens in a text */
     int32_t bos, eos, eot, unknown;
     bool add_bos, add_eos, add_space;
+    bool space_starts_word; /* no normal token has a space after another character */
 
     /* bpe.c */
     const struct sm_pretok *pretok; /* byte-level */
@@ -99,11 +107,14 @@ struct sm_tokenizer {
     struct sm_letter *letters; /* [letter_mask + 1] SentencePiece: tokens of one character */
     size_t letter_mask;
     struct sm_words whole;  /* byte-level: pieces that are tokens as they are; slots may be NULL */
-    bool space_starts_word; /* no token has a space after another character */
 
-    /* wordpiece.c */
+    /* wordpiece.c, unigram.c */
     struct sm_trie tokens; /* normal tokens by their pieces */
     bool lowercase, strip_accents;
+    struct sm_charsmap charsmap;
+    bool merge_spaces;
+    float *scores; /* [n_vocab] */
+    double unknown_score;
 };
 
 /* ---- loading -------------------------------------------------------------------------------- */
@@ -138,6 +149,7 @@ int sm_vocab_load_tree(struct sm_vocab_load *b);
 int sm_bpe_load_merges(struct sm_vocab_load *b); /* byte-level: ranks are in the file */
 int sm_bpe_load_scores(struct sm_vocab_load *b); /* SentencePiece */
 int sm_wordpiece_load(struct sm_vocab_load *b);
+int sm_unigram_load(struct sm_vocab_load *b);
 
 /* ---- encoding ------------------------------------------------------------------------------- */
 
@@ -158,6 +170,12 @@ struct sm_symbol {
     int32_t into;        /* what that merge makes */
 };
 
+struct sm_path { /* the best way to a byte of a word */
+    double score;
+    uint32_t start; /* of its last token */
+    int32_t id;     /* its last token */
+};
+
 struct sm_encode {
     const struct sm_tokenizer *t;
     smallm_error *err;
@@ -171,6 +189,11 @@ struct sm_encode {
     size_t cap_symbols;
     uint64_t *heap; /* rank << 32 | position, the least on top */
     size_t n_heap, cap_heap;
+
+    /* unigram.c */
+    char *normal;
+    struct sm_path *best;
+    size_t cap_normal, cap_best;
 };
 
 static inline void sm_encode_emit(struct sm_encode *e, int32_t id) {
@@ -181,9 +204,14 @@ int sm_encode_no_memory(struct sm_encode *e, size_t n); /* n: bytes of the text 
 /* A character that is no token: its bytes, or the unknown token once for a run of them. */
 void sm_encode_unknown(struct sm_encode *e, const char *s, size_t n);
 
+/* Parts of a text that no token crosses the ends of, in order, to `encode`. */
+int sm_encode_by_words(struct sm_encode *e, const char *s, size_t n,
+                       int (*encode)(struct sm_encode *e, const char *s, size_t n));
+
 int sm_bpe_encode_bytes(struct sm_encode *e, const char *s, size_t n);
 int sm_bpe_encode_words(struct sm_encode *e, const char *s, size_t n);
 int sm_wordpiece_encode(struct sm_encode *e, const char *s, size_t n);
+int sm_unigram_encode(struct sm_encode *e, const char *s, size_t n);
 
 #define SM_SPACE_MARK "\xE2\x96\x81" /* U+2581 */
 /* Copies a text with spaces for the marks; out holds n bytes. */

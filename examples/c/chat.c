@@ -25,10 +25,13 @@ static int make_room(struct text *t, size_t n) {
 /* Appends s.  Only our own markers become special tokens: what the user types stays text. */
 static int add(struct text *t, const smallm_model *model, const char *s, uint32_t flags) {
     size_t n = 0;
-    int status = make_room(t, strlen(s) + 8); /* always enough */
-    if (status == SMALLM_OK)
+    int status = make_room(t, strlen(s) + 8); /* nearly always enough */
+    while (status == SMALLM_OK) {
         status = smallm_tokenize(model, s, strlen(s), flags, t->tokens + t->n, t->capacity - t->n,
                                  &n, &err);
+        if (status == SMALLM_OK && n <= t->capacity - t->n) break;
+        if (status == SMALLM_OK) status = make_room(t, n);
+    }
     if (status == SMALLM_OK) t->n += n;
     return status;
 }

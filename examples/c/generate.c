@@ -15,14 +15,20 @@ int main(int argc, char **argv) {
     smallm_model *model = NULL;
     smallm_engine *engine = NULL;
     smallm_request *request = NULL;
-    size_t n_tokens = 0, capacity = strlen(argv[2]) + 8; /* always enough */
-    int32_t *tokens = malloc(capacity * sizeof *tokens);
-    int status = SMALLM_E_MEMORY;
+    const size_t n_text = strlen(argv[2]);
+    size_t n_tokens = 0;
+    int32_t *tokens = NULL;
+    int status;
 
-    if (!tokens) goto done;
     if ((status = smallm_model_open(argv[1], NULL, &model, &err)) != SMALLM_OK) goto done;
     if ((status = smallm_engine_open(model, NULL, &engine, &err)) != SMALLM_OK) goto done;
-    status = smallm_tokenize(model, argv[2], strlen(argv[2]), SMALLM_ADD_SPECIAL, tokens, capacity,
+    status = smallm_tokenize(model, argv[2], n_text, SMALLM_ADD_SPECIAL, NULL, 0, &n_tokens, &err);
+    if (status != SMALLM_OK) goto done;
+    if (!(tokens = malloc((n_tokens + 1) * sizeof *tokens))) {
+        status = SMALLM_E_MEMORY;
+        goto done;
+    }
+    status = smallm_tokenize(model, argv[2], n_text, SMALLM_ADD_SPECIAL, tokens, n_tokens,
                              &n_tokens, &err);
     if (status != SMALLM_OK) goto done;
 

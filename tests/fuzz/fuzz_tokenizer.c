@@ -163,12 +163,60 @@ static void byte_level_image(struct image *m, const char *pre) {
     end(m);
 }
 
-static void sentencepiece_image(struct image *m, bool bytes, bool prefix) {
+/* A map of characters in Darts' form: 'A' to "a", 'B' to nothing, U+00E9 to "e and a space", a tab
+ * to a space.  Children of the root stand from 256 on, of 0xC3 from 512 on, values from 768 on. */
+static void put_charsmap(struct image *m) {
+    static const char strings[] = "a\0\0e \0 "; /* at 0, 2, 3 and 6 */
+    uint32_t units[1024] = {0};
+    units[0] = 256u << 10;
+    static const struct {
+        uint32_t at, label, value, text;
+    } keys[] = {{256 ^ 'A', 'A', 768, 0}, {256 ^ 'B', 'B', 769, 2}, {512 ^ 0xA9, 0xA9, 770, 3},
+                {256 ^ '\t', '\t', 771, 6}};
+    units[256 ^ 0xC3] = 0xC3 | ((256u ^ 0xC3 ^ 512) << 10);
+    for (size_t i = 0; i < SM_COUNT(keys); i++) {
+        units[keys[i].at] = keys[i].label | 0x100 | ((keys[i].at ^ keys[i].value) << 10);
+        units[keys[i].value] = 0x80000000u | keys[i].text;
+    }
+    key_array(m, "precompiled_charsmap", SM_GGUF_U8, 4 + sizeof units + sizeof strings);
+    put_u32(m, sizeof units);
+    put(m, units, sizeof units);
+    put(m, strings, sizeof strings);
+}
+
+static void wordpiece_image(struct image *m, bool lowercase) {
+    static const char *const texts[] = {
+        "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\xE2\x96\x81" "a", "a", "b", "\xE2\x96\x81" "b", "he",
+        "\xE2\x96\x81the", "\xE2\x96\x81" "1", "23", "\xE2\x96\x81.", "\xE2\x96\x81\xE4\xB8\xAD",
+        "e", "x", "\xE2\x96\x81x", "\xCC\x81", "\xE1\x84\x80", "\xE2\x96\x81'", "s", "t", "<tool>",
+    };
+    size_t n = SM_COUNT(texts);
+    begin(m);
+    key_string(m, "model", "bert");
+    key_bool(m, "normalizer.lowercase", lowercase);
+    key_u32(m, "bos_token_id", 1);
+    key_u32(m, "seperator_token_id", 2);
+    key_u32(m, "unknown_token_id", 0);
+    key_array(m, "tokens", SM_GGUF_STRING, n);
+    for (size_t i = 0; i < n; i++) put_string(m, texts[i], strlen(texts[i]));
+    key_array(m, "token_type", SM_GGUF_I32, n);
+    for (size_t i = 0; i < n; i++) put_u32(m, i < 4 ? CONTROL : i + 1 == n ? USER : NORMAL);
+    end(m);
+}
+
+static void sentencepiece_image(struct image *m, const char *model, bool bytes, bool prefix) {
+    bool unigram = strcmp(model, "t5") == 0;
     size_t n_pieces = SM_COUNT(pieces), n_users = SM_COUNT(users), n_bytes = bytes ? 256 : 0;
     size_t n = 3 + n_bytes + n_pieces + n_users;
     begin(m);
-    key_string(m, "model", "llama");
+    key_string(m, "model", model);
     key_bool(m, "add_space_prefix", prefix);
+    if (unigram) {
+        key_bool(m, "remove_extra_whitespaces", prefix);
+        key_u32(m, "unknown_token_id", 0);
+        key_u32(m, "eos_token_id", 2);
+        put_charsmap(m);
+    }
     key_array(m, "tokens", SM_GGUF_STRING, n);
     put_string(m, "<unk>", 5);
     put_string(m, "<s>", 3);
@@ -196,21 +244,26 @@ static void sentencepiece_image(struct image *m, bool bytes, bool prefix) {
 
 static const char *const rows[] = {
     "gpt-2", "default", "smollm", "llama-bpe", "qwen2", "starcoder", "deepseek-llm",
-    "deepseek-coder", "falcon", "mpt", "refact", "command-r", "gpt-neox",
+    "deepseek-coder", "falcon", "deepseek-v3", "gpt-4o", "tekken", "qwen35",
 };
 
-#define N_GOOD (SM_COUNT(rows) + 3)
+/* After byte-level BPE: SentencePiece, without a prefix, without byte tokens; WordPiece twice, then
+ * Unigram twice, which normalize. */
+#define N_GOOD (SM_COUNT(rows) + 7)
 static struct sm_tokenizer *good[N_GOOD];
 static struct image images[N_GOOD];
 
 static bool is_byte_level(size_t which) { return which < SM_COUNT(rows); }
-static bool is_lossless(size_t which) { return which != N_GOOD - 1; } /* the last has no bytes */
+static bool is_lossless(size_t which) { return which < SM_COUNT(rows) + 2; }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     for (size_t i = 0; i < N_GOOD; i++) {
+        size_t k = i - SM_COUNT(rows);
         if (is_byte_level(i)) byte_level_image(&images[i], rows[i]);
-        else sentencepiece_image(&images[i], is_lossless(i), i != N_GOOD - 2);
+        else if (k < 3) sentencepiece_image(&images[i], "llama", k != 2, k != 1);
+        else if (k < 5) wordpiece_image(&images[i], k == 3);
+        else sentencepiece_image(&images[i], "t5", k == 5, k == 5);
         CHECK(load(&images[i], &good[i]) == SMALLM_OK);
     }
     return 0;
@@ -297,7 +350,9 @@ static void round_trip(const struct sm_tokenizer *t, const uint8_t *s, size_t n,
     CHECK(ids);
     *status = sm_tokenizer_encode(t, (const char *)s, n, flags, ids, n_ids, &again, &err);
     if (*status == SMALLM_OK) {
-        CHECK(again == n_ids && n_ids <= n + 8);
+        struct sm_tokenizer_info info;
+        sm_tokenizer_get_info(t, &info);
+        CHECK(again == n_ids && (n_ids <= n + 8 || strcmp(info.model, "t5") == 0));
         for (size_t i = 0; i < n_ids; i++)
             CHECK(ids[i] >= 0 && ids[i] < sm_tokenizer_n_vocab(t));
         CHECK(sm_tokenizer_decode(t, ids, n_ids, 0, NULL, 0, n_back, &err) == SMALLM_OK);
@@ -407,7 +462,7 @@ static void fuzz_built(const uint8_t *s, size_t n) {
     struct reader r = {s, n, 0};
     struct image m;
     uint8_t options = next(&r);
-    bool sentencepiece = options & 1;
+    static const char *const kinds[] = {"gpt2", "llama", "bert", "t5"};
     long fail_at = options & 2 ? 1 + next(&r) % 64 : 0;
     size_t n_tokens = 1 + next(&r) % 48, n_merges = next(&r) % 32;
     char texts[48][40];
@@ -421,7 +476,7 @@ static void fuzz_built(const uint8_t *s, size_t n) {
         }
     }
     begin(&m);
-    key_string(&m, "model", sentencepiece ? "llama" : "gpt2");
+    key_string(&m, "model", kinds[(options & 1) + (options >> 5 & 2)]);
     key_string(&m, "pre", rows[next(&r) % SM_COUNT(rows)]);
     key_array(&m, "tokens", SM_GGUF_STRING, n_tokens);
     for (size_t i = 0; i < n_tokens; i++) put_string(&m, texts[i], lengths[i]);
