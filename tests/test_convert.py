@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -307,6 +307,10 @@ def add(name: str, *shape: int) -> Callable[[Tensors], Any]:
         (add("model.layers.2.mlp.up_proj.weight", 96, 64), "model.layers.2"),
         (add("model.layers.0.self_attn.q_proj.weight", 6, 64), "q_proj.weight has the shape"),
         (poison, "model.layers.1.mlp.up_proj.weight"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((96, 64), np.uint8)}),
+            "model.layers.0.mlp.up_proj.weight is of type U8",
+        ),
     ],
     ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
 )
@@ -694,7 +698,27 @@ def test_special_tokens_templates_and_sampling(folder: Path, tmp_path: Path) -> 
 # ---- llama.cpp -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-linear", "qwen2", "phi2"])
+@pytest.mark.parametrize("name", goldens.names())
+def test_keys_and_names_are_llama_cpp_s(name: str, tmp_path: Path) -> None:
+    """Every key is one of the gguf package's, every tensor one it has for the architecture."""
+    golden = goldens.Golden(name, tmp_path)
+    keys, tensors = read(golden.path)
+    known = {
+        value.replace("{arch}", golden.arch)
+        for group in vars(gguf.Keys).values()
+        if isinstance(group, type)
+        for value in vars(group).values()
+        if isinstance(value, str)
+    }
+    assert {key for key in keys if not key.startswith("GGUF.")} <= known
+    arch = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == golden.arch)
+    names = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
+    for tensor in tensors:
+        stem = re.sub(r"^blk\.\d+\.", "blk.{bid}.", tensor.rsplit(".", 1)[0])
+        assert stem in names, tensor
+
+
+@pytest.mark.parametrize("name", goldens.names())
 def test_llama_cpp_reads_the_files(name: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="the package llama-cpp-python is not installed"
@@ -703,14 +727,13 @@ def test_llama_cpp_reads_the_files(name: str, tmp_path: Path) -> None:
     other = llama_cpp.Llama(
         str(golden.path), n_ctx=512, n_batch=512, n_threads=1, logits_all=True, verbose=False
     )
-    ids = golden.ids[:100]
+    ids = golden.ids[:100]  # as many as every window has
     other.eval(ids)
     got = np.array(other.scores[: len(ids)])
     with smallm.load(golden.path, threads=1) as model:
         expected = model.logits(ids)
         text = "Once upon a time, the fox"
         assert model.tokenize(text) == other.tokenize(text.encode(), add_bos=True, special=True)
-    off = np.abs(got - expected).max() / expected.std()
-    assert off < 0.05, off
+    # It rounds activations to float16 here and there.
+    assert np.abs(got - expected).max() < 0.05 * expected.std()
     assert np.mean(got.argmax(1) == expected.argmax(1)) > 0.95
-    assert os.path.exists(golden.path)

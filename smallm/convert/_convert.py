@@ -82,8 +82,12 @@ class Target:
             step = max(1, BLOCK_BYTES // 4 * rows // max(1, int(np.prod(first.tensor.shape))))
             for at in range(0, rows, step):
                 yield first.tensor.read(at, min(step, rows - at))
-            return
-        yield _assemble([s.piece for s in self.sources], [s.tensor.read() for s in self.sources])
+        elif first.piece.join is np.stack:
+            for source in self.sources:
+                yield _assemble([source.piece], [source.tensor.read()])
+        else:
+            arrays = [source.tensor.read() for source in self.sources]
+            yield _assemble([source.piece for source in self.sources], arrays)
 
 
 def _assemble(pieces: list[Piece], arrays: list[Array]) -> Array:
@@ -196,6 +200,11 @@ def plan(
         if tied and name == "lm_head.weight":
             continue  # a copy of the embedding table that nobody reads
         for piece in lookup(name, tensor):
+            if piece.make is None and not tensor.is_float:
+                raise UnsupportedModelError(
+                    f"{tensor.path}: the tensor {name} is of type {tensor.kind}, as if it were "
+                    "quantized; floating-point weights are wanted"
+                )
             sources.setdefault(piece.target, []).append(Source(tensor, piece))
     if "token_embd.weight" not in sources:
         raise CorruptModelError(f"{config.path.parent}: no tensor is the embedding table")
@@ -252,7 +261,9 @@ def _lookup(family: Family, config: Config) -> Callable[[str, Tensor], list[Piec
 
     arch = next((a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == family.arch), None)
     if arch is None:
-        raise SmallmError(f"this version of the package gguf does not know {family.arch}")
+        raise SmallmError(
+            f"the package gguf that is installed does not know {family.arch}: pip install -U gguf"
+        )
     names = gguf.get_tensor_name_map(arch, config.n_layer)
     rules = [(re.compile(pattern), make) for pattern, make in (*family.rules, *DROPPED)]
 
@@ -324,6 +335,8 @@ def _kind(value: Any) -> tuple[Any, Any, Any]:
     if isinstance(value, np.ndarray):
         kinds = {"i": Kind.INT32, "f": Kind.FLOAT32, "b": Kind.BOOL}
         return value.tolist(), Kind.ARRAY, kinds[value.dtype.kind]
+    if isinstance(value, bytes):
+        return value, Kind.ARRAY, None
     if isinstance(value, (list, tuple)):
         return list(value), Kind.ARRAY, _kind(value[0])[1]
     if isinstance(value, bool):
@@ -337,7 +350,7 @@ def _encode(values: Array, target: Target) -> Array:
     """The bytes of some rows in the type of `target`."""
     import gguf
 
-    if values.dtype == np.uint8:
+    if values.dtype == np.uint8 and target.sources and target.sources[0].piece.type is not None:
         return values
     name = f"{target.sources[0].tensor.name} (for {target.name})" if target.sources else target.name
     if not np.isfinite(values).all():
