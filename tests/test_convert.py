@@ -27,6 +27,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 import smallm
 from smallm.convert import TYPES, convert
+from smallm.convert._sentencepiece import read_sentencepiece
 from smallm.convert._tokenizer import PRES
 
 SPEC = json.loads((goldens.HERE / "llama.json").read_text(encoding="utf-8"))
@@ -606,7 +607,15 @@ def test_sentencepiece_as_tokenizer_json(folder: Path, pieces: Path, prefix: boo
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             assert model.tokenize(text, add_special=False) == ids, text
 
+    # A SentencePiece model beside it gives the same tokens; what happens to spaces stays.
+    both = {"tokenizer.json": tokenizer.to_str(), "tokenizer.model": pieces.read_bytes()}
+    keys, _ = read(with_tokenizer(folder, len(vocab), both))
+    assert keys["tokenizer.ggml.add_space_prefix"] is prefix
+    score = processor.get_score(len(vocab) - 1)
+    assert score < -1 and keys["tokenizer.ggml.scores"][-1] == score
+
     data = json.loads(tokenizer.to_str())
+    (folder / "tokenizer.model").unlink()
     del data["model"]["merges"][-1]
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     (folder.parent / "t.gguf").unlink()
@@ -631,6 +640,58 @@ def test_word_piece(folder: Path, lower: bool) -> None:
     assert read(path)[0]["tokenizer.ggml.model"] == "bert"
     with smallm.load(path) as model:
         for text in texts(300):
+            assert model.tokenize(text) == tokenizer.encode(text).ids, text
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece Unigram model with its usual normalization, as T5's."""
+    path = tmp_path_factory.mktemp("unigram") / "m"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 2), model_prefix=str(path), model_type="unigram",
+        vocab_size=300, hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return path.with_suffix(".model")
+
+
+def test_unigram(folder: Path, unigram: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(unigram))
+    n = processor.vocab_size()
+    options = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    files = {
+        "spiece.model": unigram.read_bytes(),
+        "tokenizer_config.json": json.dumps(options | {"add_eos_token": True}),
+    }
+    path = with_tokenizer(folder, n + 2, files)
+    with smallm.load(path) as model:
+        assert model.info.tokenizer == "t5"
+        for text in texts(300):
+            assert model.tokenize(text) == [*processor.encode(text), 1], text
+
+
+def test_unigram_as_tokenizer_json(folder: Path, unigram: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(unigram))
+    n = processor.vocab_size()
+    vocab = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(n)]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Precompiled(read_sentencepiece(unigram).charsmap),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    path = with_tokenizer(folder, n, {"tokenizer.json": tokenizer.to_str()})
+    with smallm.load(path) as model:
+        ggml = {key.split(".")[-1]: value for key, value in model.metadata.items()}
+        assert (ggml["add_bos_token"], ggml["add_eos_token"]) == ("false", "true")
+        assert ggml["eos_token_id"] == "1"
+        for text in [*CORPUS[:3], "the fox couldn't", "HTML5  3.14", "élèves ﬁ"]:
             assert model.tokenize(text) == tokenizer.encode(text).ids, text
 
 

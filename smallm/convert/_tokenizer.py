@@ -154,7 +154,12 @@ def _read_model(path: Path, data: Keys, pieces: Path | None) -> tuple[Keys, dict
     if kind == "Unigram":
         return _unigram(path, data)
     if pieces is not None and kind in ("BPE", None):
-        return _sentencepiece(pieces, read_sentencepiece(pieces))
+        keys, rows = _sentencepiece(pieces, read_sentencepiece(pieces))
+        vocab = model.get("vocab", {})
+        if kind is None or all(vocab.get(text) == i for i, (text, _, _) in rows.items()):
+            if kind is not None:
+                keys["tokenizer.ggml.add_space_prefix"] = _space_steps(path, data)
+            return keys, rows
     if kind == "BPE":
         return _pieces_of_merges(path, data)
     raise UnsupportedModelError(
