@@ -2,6 +2,9 @@
  *
  * Invariant: nothing behind this file sees a NULL it does not expect, a number out of its range, or
  * an object of another process. */
+#include <math.h>
+
+#include "adapter.h"
 #include "cpu.h"
 #include "engine.h"
 #include "os.h"
@@ -29,6 +32,9 @@ static int judge_process(int64_t process, const char *what, smallm_error *err) {
 }
 static int judge_model(const smallm_model *m, smallm_error *err) {
     return m ? judge_process(m->process, "model", err) : refuse_null("model", err);
+}
+static int judge_adapter(const smallm_adapter *a, smallm_error *err) {
+    return a ? judge_process(a->process, "adapter", err) : refuse_null("adapter", err);
 }
 static int judge_engine(const smallm_engine *e, smallm_error *err) {
     return e ? judge_process(sm_engine_process(e), "engine", err) : refuse_null("engine", err);
@@ -115,6 +121,34 @@ int smallm_model_metadata(const smallm_model *model, size_t i, const char **key,
     if (rc != SMALLM_OK) return rc;
     if (!key || !value || !n_value) return SMALLM_E_ARGUMENT;
     return sm_model_metadata(model->model, i, key, value, n_value);
+}
+
+/* ---- adapters -------------------------------------------------------------------------------- */
+
+int smallm_adapter_open(const smallm_model *model, const char *path,
+                        const smallm_adapter_params *params, smallm_adapter **out,
+                        smallm_error *err) {
+    if (!out) return refuse_null("out", err);
+    *out = NULL;
+    smallm_adapter_params p;
+    int rc = judge_model(model, err);
+    if (rc == SMALLM_OK) rc = path ? SMALLM_OK : refuse_null("path", err);
+    if (rc == SMALLM_OK) rc = sm_read_struct(&p, sizeof p, params, "smallm_adapter_params", err);
+    return rc == SMALLM_OK ? sm_adapter_open(model->model, path, &p, out, err) : rc;
+}
+
+void smallm_adapter_free(smallm_adapter *adapter) {
+    if (judge_adapter(adapter, NULL) == SMALLM_OK) sm_adapter_drop(adapter);
+}
+
+int smallm_adapter_get_info(const smallm_adapter *adapter, smallm_adapter_info *out,
+                            smallm_error *err) {
+    int rc = judge_adapter(adapter, err);
+    if (rc != SMALLM_OK) return rc;
+    const smallm_adapter_info info = {.n_bytes = adapter->n_bytes,
+                                      .n_matrices = (int32_t)adapter->n_matrices,
+                                      .rank = (int32_t)adapter->rank};
+    return sm_write_struct(out, &info, sizeof info, "smallm_adapter_info", err);
 }
 
 /* ---- text <-> tokens ------------------------------------------------------------------------- */
@@ -210,6 +244,23 @@ static int judge_stops(const smallm_request_params *p, smallm_error *err) {
     return SMALLM_OK;
 }
 
+static int judge_adaptation(const smallm_request_params *p, const struct sm_model *model,
+                            smallm_error *err) {
+    if (!p->adapter) {
+        if (p->adapter_scale == 0) return SMALLM_OK;
+        return sm_fail(err, SMALLM_E_ARGUMENT, "adapter_scale is %g; without an adapter only 0 is allowed",
+                       (double)p->adapter_scale);
+    }
+    int rc = judge_adapter(p->adapter, err);
+    if (rc != SMALLM_OK) return rc;
+    if (p->adapter->model != model)
+        return sm_fail(err, SMALLM_E_ARGUMENT, "the adapter was opened for another model");
+    if (!(fabsf(p->adapter_scale) <= 1e6f))
+        return sm_fail(err, SMALLM_E_ARGUMENT, "adapter_scale is %g; allowed are -1e6 to 1e6",
+                       (double)p->adapter_scale);
+    return SMALLM_OK;
+}
+
 static int judge_submit(const smallm_request_params *p, struct sm_engine_limits limits,
                         smallm_error *err) {
     if (p->n_tokens == 0)
@@ -228,6 +279,7 @@ static int judge_submit(const smallm_request_params *p, struct sm_engine_limits 
         rc = judge_range("n_logprobs", p->n_logprobs, -1, MAX_LOGPROBS, " (-1: none)", err);
     if (rc == SMALLM_OK)
         rc = judge_range("n_chunk", p->n_chunk, 0, limits.n_batch, " (n_batch)", err);
+    if (rc == SMALLM_OK) rc = judge_adaptation(p, limits.model, err);
     return rc == SMALLM_OK ? judge_stops(p, err) : rc;
 }
 

@@ -74,6 +74,8 @@ struct smallm_request {
     int32_t n_chunk, n_logprobs;
     int32_t n_take;  /* tokens in the pass being built */
     uint64_t t_unsaid; /* when the oldest chunk was pushed that the reader was not woken for, or 0 */
+    struct sm_adaptation adaptation;
+    smallm_adapter *adapter; /* the same, held until the request is freed */
     float *logits;   /* the caller's [n_prompt][n_vocab], or NULL */
     float *row;      /* [n_vocab] the newest position's and their peaks; NULL where limit is 0 */
     struct sm_sampler *sampler;
@@ -88,6 +90,8 @@ struct smallm_request {
 
 struct kept { /* the text of an ended request */
     struct sm_seq *seq;
+    struct sm_adaptation adaptation; /* it was made with */
+    smallm_adapter *adapter;         /* the same, held: no other one can get its address */
     int32_t *tokens; /* [n] */
     int32_t n;
 };
@@ -98,6 +102,7 @@ struct list {
 
 struct smallm_engine {
     int64_t process;
+    const struct sm_model *model;
     const struct sm_tokenizer *tokenizer;
     struct sm_session *session;
     struct sm_thread *thread;
@@ -266,8 +271,14 @@ static size_t settled(const smallm_request *r) {
 static void free_kept(smallm_engine *e, int i) {
     sm_seq_free(e->session, e->kept[i].seq);
     sm_free(e->kept[i].tokens);
+    sm_adapter_drop(e->kept[i].adapter);
     e->n_kept--;
     memmove(&e->kept[i], &e->kept[i + 1], (size_t)(e->n_kept - i) * sizeof e->kept[0]);
+}
+
+/* Keys and values depend on what was added to the matrices. */
+static bool same_adaptation(struct sm_adaptation a, struct sm_adaptation b) {
+    return a.adapter == b.adapter && (a.adapter == NULL || a.scale == b.scale);
 }
 
 static int32_t common_prefix(const int32_t *a, int32_t n_a, const int32_t *b, int32_t n_b) {
@@ -279,13 +290,17 @@ static int32_t common_prefix(const int32_t *a, int32_t n_a, const int32_t *b, in
 /* Puts the request's sequence among the kept ones.  Those it goes on from say nothing more; all
  * together hold at most a context, so that idle memory stays in proportion. */
 static void keep(smallm_engine *e, smallm_request *r) {
-    struct kept new = {r->seq, r->tokens, (int32_t)sm_seq_length(r->seq)};
+    struct kept new = {.seq = r->seq, .adaptation = r->adaptation, .adapter = r->adapter,
+                       .tokens = r->tokens, .n = (int32_t)sm_seq_length(r->seq)};
+    sm_adapter_hold(new.adapter);
     int64_t sum = new.n;
     r->seq = NULL;
     r->tokens = NULL;
     for (int i = e->n_kept - 1; i >= 0; i--) {
         struct kept *k = &e->kept[i];
-        if (common_prefix(k->tokens, k->n, new.tokens, new.n) == k->n) free_kept(e, i);
+        if (same_adaptation(k->adaptation, new.adaptation) &&
+            common_prefix(k->tokens, k->n, new.tokens, new.n) == k->n)
+            free_kept(e, i);
         else sum += k->n;
     }
     while (e->n_kept > 0 && (e->n_kept == MAX_KEPT || sum > e->params.n_ctx)) {
@@ -424,7 +439,7 @@ static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
         int32_t n_best = 0, n;
         int best_kept = -1;
         for (smallm_request *o = e->active.first; o; o = o->next) {
-            if (!o->seq) continue;
+            if (!o->seq || !same_adaptation(o->adaptation, r->adaptation)) continue;
             n = common_prefix(o->tokens, (int32_t)sm_seq_length(o->seq), r->tokens, n_most);
             if (n > n_best) {
                 n_best = n;
@@ -432,6 +447,7 @@ static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
             }
         }
         for (int i = 0; i < e->n_kept; i++) {
+            if (!same_adaptation(e->kept[i].adaptation, r->adaptation)) continue;
             n = common_prefix(e->kept[i].tokens, e->kept[i].n, r->tokens, n_most);
             if (n > n_best) {
                 n_best = n;
@@ -465,7 +481,8 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     int done = sm_seq_length(r->seq);
     bool last = done + n >= r->n_prompt, decode = decodes(r);
     struct sm_span *s = &e->spans[e->n_spans];
-    *s = (struct sm_span){.seq = r->seq, .tokens = r->tokens + done, .n = n};
+    *s = (struct sm_span){.seq = r->seq, .tokens = r->tokens + done, .n = n,
+                          .adaptation = r->adaptation};
     if (last && r->row) s->peaks = r->row + e->n_vocab;
     if (r->logits && !decode) {
         s->want = SM_WANT_ALL;
@@ -640,6 +657,7 @@ int sm_engine_open(const struct sm_model *model, const smallm_engine_params *par
     smallm_engine *e = sm_calloc(1, sizeof *e);
     if (!e) goto fail;
     e->process = sm_process_id();
+    e->model = model;
     e->tokenizer = sm_model_tokenizer(model);
     e->n_vocab = sm_tokenizer_n_vocab(e->tokenizer);
     e->params = (struct sm_session_params){.n_threads = params->n_threads,
@@ -692,7 +710,7 @@ void sm_engine_close(smallm_engine *e) {
 }
 
 struct sm_engine_limits sm_engine_get_limits(const smallm_engine *e) {
-    return (struct sm_engine_limits){e->n_vocab, e->params.n_ctx, e->params.n_batch};
+    return (struct sm_engine_limits){e->model, e->n_vocab, e->params.n_ctx, e->params.n_batch};
 }
 
 void sm_engine_get_info(smallm_engine *e, smallm_engine_info *out) {
@@ -725,6 +743,7 @@ static void request_delete(smallm_request *r) {
     sm_free(r->tokens);
     sm_free(r->row);
     sm_sampler_free(r->sampler);
+    sm_adapter_drop(r->adapter);
     sm_free(r->stops);
     sm_free(r->stop_text);
     sm_free(r->stop_border);
@@ -763,6 +782,10 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     r->n_chunk = p->n_chunk ? p->n_chunk : e->params.n_batch;
     r->n_logprobs = p->n_logprobs;
     r->logits = p->logits;
+    r->adapter = p->adapter;
+    sm_adapter_hold(r->adapter);
+    if (r->adapter != NULL)
+        r->adaptation = (struct sm_adaptation){r->adapter, p->adapter_scale != 0 ? p->adapter_scale : 1};
 
     rc = sm_sampler_new(&p->sampling, e->n_vocab, e->params.n_ctx, &r->sampler, err);
     if (rc != SMALLM_OK) goto fail;

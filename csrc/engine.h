@@ -3,9 +3,10 @@
 #ifndef SM_ENGINE_H
 #define SM_ENGINE_H
 
-#include "model.h"
+#include "adapter.h"
 
 struct sm_engine_limits {
+    const struct sm_model *model;
     int32_t n_vocab, n_ctx, n_batch;
 };
 

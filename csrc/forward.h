@@ -18,6 +18,7 @@ struct sm_batch {
     struct sm_seq *const *seqs; /* [n], pages reserved up to the tokens' positions */
     const struct sm_block *blocks; /* [n_blocks], at most SM_ATTEND_MAX / (heads per kv head) tokens each */
     size_t n_blocks;
+    const struct sm_adaptation *adaptations; /* [n], or NULL: no token has an adapter */
     bool alone;                 /* at most SM_ALONE_MAX tokens, each of another sequence: decode */
     const size_t *wanted;       /* [n_wanted] tokens whose logits are asked for */
     float *const *logits;       /* [n_wanted] pointers to [n_vocab], */

@@ -132,6 +132,19 @@ static int bind_matrix(struct loader *l, const char *name, enum need need, size_
     return bind_matrices(l, name, need, 1, rows, k, out);
 }
 
+/* The same, for a matrix of a layer: adapters may change it. */
+static int bind_layer_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
+                             struct sm_matrix *out) {
+    struct sm_model *m = l->m;
+    int status = bind_matrix(l, name, need, rows, k, out);
+    if (status != SMALLM_OK || out->n_rows == 0) return status;
+    struct sm_named_matrix *named = &m->matrices[m->n_matrices++];
+    named->matrix = out;
+    snprintf(named->name, sizeof named->name, "%s", name);
+    out->id = m->n_matrices;
+    return SMALLM_OK;
+}
+
 static int bind_rows(struct loader *l, const char *name, enum need need, size_t rows, size_t length,
                      float **out) {
     struct job *job;
@@ -154,7 +167,7 @@ static bool has_tensor(const struct loader *l, int layer, const char *suffix) {
 static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     const struct sm_hparams *h = &l->m->h;
     const struct sm_arch *arch = l->m->arch;
-    char name[64];
+    char name[SM_NAME_MAX];
     int status;
 #define SM_VECTOR(field, suffix, need, length)                                       \
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
@@ -166,7 +179,7 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     if (status != SMALLM_OK) return status;
 #define SM_MATRIX(field, suffix, need, rows, columns)                                \
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
-    status = bind_matrix(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
+    status = bind_layer_matrix(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
     if (status != SMALLM_OK) return status;
 #define SM_EXPERTS(field, suffix, need, rows, columns)                               \
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
@@ -498,7 +511,8 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     l->bound = sm_calloc(n_tensors, sizeof l->bound[0]);
     l->jobs = sm_calloc(n_tensors, sizeof l->jobs[0]);
     m->layers = sm_calloc((size_t)m->h.n_layer, sizeof m->layers[0]);
-    if (l->bound == NULL || l->jobs == NULL || m->layers == NULL)
+    m->matrices = sm_calloc(n_tensors, sizeof m->matrices[0]);
+    if (l->bound == NULL || l->jobs == NULL || m->layers == NULL || m->matrices == NULL)
         return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory for the tensor table",
                        sm_gguf_path(l->g));
     float *rope_factors = NULL;
@@ -548,6 +562,7 @@ void sm_model_free(struct sm_model *m) {
     sm_tokenizer_free(m->tokenizer);
     sm_gguf_close(m->file);
     sm_free(m->layers);
+    sm_free(m->matrices);
     sm_free(m->rope_freqs);
     sm_free(m->slopes);
     sm_free(m->panels);

@@ -7,12 +7,20 @@
 #include "kernels/kernels.h"
 #include "tokenizer.h"
 
+#define SM_NAME_MAX 64 /* bytes of a tensor's name that we know, its NUL included */
+
 /* A matrix as panels: n_rows outputs, k inputs. */
 struct sm_matrix {
     enum sm_type type;
     size_t n_rows, k;
     size_t n_panels, panel_bytes;
     uint8_t *panels; /* [n_panels][panel_bytes] */
+    size_t id;       /* sm_model.matrices[id - 1] is it, or has it as a range of its panels; 0: none */
+};
+
+struct sm_named_matrix { /* a matrix that adapters may change */
+    char name[SM_NAME_MAX]; /* of the tensor */
+    const struct sm_matrix *matrix;
 };
 
 struct sm_layer {
@@ -40,6 +48,8 @@ struct sm_model {
     const struct sm_kernels *kernels;
     struct sm_tokenizer *tokenizer;
     struct sm_layer *layers;       /* [h.n_layer] */
+    struct sm_named_matrix *matrices; /* [n_matrices] of all layers */
+    size_t n_matrices;
     struct sm_matrix head;         /* logits; the embedding table too where they are tied */
     float *head_bias;              /* [n_vocab] or NULL */
     float *output_norm;            /* [n_embd] */

@@ -11,6 +11,10 @@
 #define PANELS_AT_ONCE 8 /* two fours of a GEMV, whole pairs of a GEMM */
 #define TOKENS_AT_ONCE 4
 
+/* Tokens that go through an adapter's A together: as many as a thread's own activations hold. */
+#define LOW_TOKENS (SM_FEW - 1)
+
+_Static_assert(TILE_FLOATS <= SM_LOCAL_FLOATS, "what an adapter adds to a tile has its place");
 _Static_assert(SM_PANEL_ROWS == SM_PEAK && 32 % SM_PANEL_ROWS == 0, "a panel is a peak and within a word");
 
 /* What a thread does, and since when (sm_clock_ns). */
@@ -24,7 +28,7 @@ struct watch {
 struct local {
     struct watch *watch; /* NULL: nobody asks */
     uint8_t *scratch;   /* SM_SCRATCH_BYTES, for kernels */
-    float *own;         /* [SM_LOCAL_FLOATS], for sm_ops_each */
+    float *own;         /* [SM_LOCAL_FLOATS], for sm_ops_each, and for what adapters add to a tile */
     float *row;         /* [k_max], room for a source's row before it is prepared */
     float *tile[2];     /* [TILE_FLOATS] products before their epilogue */
     uint8_t *acts[SM_ACT_COUNT]; /* activations of fewer than SM_FEW tokens */
@@ -40,6 +44,9 @@ struct sm_ops {
     int n_threads;
     uint8_t *memory;
     size_t n_bytes;
+    float *low;                  /* [SM_PRODUCTS_MAX][n_tokens][low_stride] what A gave, scaled */
+    size_t low_stride;           /* a multiple of 32, at least the rank reserved */
+    const struct sm_adaptation *adaptations; /* [n] of the pass, or NULL */
     const atomic_bool *cancel;
     _Atomic int status;
 };
@@ -112,11 +119,35 @@ void sm_ops_free(struct sm_ops *o) {
     sm_pool_free(o->pool);
     sm_free(o->locals);
     sm_free(o->watches);
+    sm_free(o->low);
     sm_free(o->memory);
     sm_free(o);
 }
 
 uint64_t sm_ops_bytes(const struct sm_ops *o) { return o->n_bytes; }
+
+static size_t low_bytes(const struct sm_ops *o, size_t stride) {
+    return SM_PRODUCTS_MAX * o->n_tokens * stride * sizeof o->low[0];
+}
+
+uint64_t sm_ops_reserve_bytes(const struct sm_ops *o, size_t rank) {
+    size_t stride = sm_round_up(rank, SM_SLAB);
+    return stride > o->low_stride ? low_bytes(o, stride) - low_bytes(o, o->low_stride) : 0;
+}
+
+int sm_ops_reserve(struct sm_ops *o, size_t rank, smallm_error *err) {
+    size_t more = (size_t)sm_ops_reserve_bytes(o, rank);
+    if (more == 0) return SMALLM_OK;
+    size_t stride = sm_round_up(rank, SM_SLAB);
+    float *low = sm_alloc(low_bytes(o, stride));
+    if (low == NULL)
+        return sm_fail(err, SMALLM_E_MEMORY, "no memory for an adapter of rank %zu", rank);
+    o->n_bytes += more;
+    sm_free(o->low);
+    o->low = low;
+    o->low_stride = stride;
+    return SMALLM_OK;
+}
 
 /* From now on the thread does `timer`. */
 static void turn_to(struct local *l, enum sm_timer timer) {
@@ -129,8 +160,9 @@ static void turn_to(struct local *l, enum sm_timer timer) {
 }
 
 /* Between passes and between phases nobody but the pass's thread touches a watch. */
-void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel) {
+void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel, const struct sm_adaptation *adaptations) {
     o->cancel = cancel;
+    o->adaptations = adaptations;
     atomic_store(&o->status, SMALLM_OK);
     uint64_t now = o->watches != NULL ? sm_clock_ns() : 0;
     for (int i = 0; i < o->n_threads && o->watches != NULL; i++)
@@ -206,6 +238,7 @@ struct project {
     bool wants[SM_ACT_COUNT];      /* activation formats the products read */
     float *gated;                  /* sm_ops_gated's out: products[0] and [1] are gate and up */
     size_t gated_stride;
+    size_t n_low;                  /* panels of A over all products, of the adapter that has most */
 };
 
 /* rest [k] = x - row `row` of the activations: what rounding lost.  rest may be x. */
@@ -290,6 +323,118 @@ static void multiply(const struct project *p, const struct sm_matrix *w,
     multiply_some(p, w, acts, 0, p->rows, first, n_panels, next, l, out, ld);
 }
 
+/* ---- adapters: tile += B ((A x) * scale), before biases -------------------------------------------------- */
+
+/* The tokens from t on, before end, that have the same adapter. */
+static size_t same_adapter(const struct project *p, size_t t, size_t end) {
+    const struct sm_adaptation *a = p->o->adaptations;
+    size_t n = 1;
+    while (t + n < end && a[t + n].adapter == a[t].adapter) n++;
+    return n;
+}
+
+/* What A of product i gave for token t: [low_stride]. */
+static float *low_of(const struct project *p, size_t i, size_t t) {
+    return p->o->low + (i * p->o->n_tokens + t) * p->o->low_stride;
+}
+
+static size_t n_low_panels(const struct sm_lora *lora) {
+    return lora != NULL ? (lora->rank + SM_PANEL_ROWS - 1) / SM_PANEL_ROWS : 0;
+}
+
+/* Panel `panel`, counted over the products, of the A of tokens t .. t + n - 1, which are rows first ..
+ * first + n - 1 of acts. */
+static void lower_panel(const struct project *p, size_t panel, size_t t, size_t n,
+                        const struct sm_acts *acts, size_t first, struct local *l) {
+    const struct sm_adaptation *a = &p->o->adaptations[t]; /* [n] */
+    const struct sm_kernels *k = p->o->kernels;
+    for (size_t i = 0; i < p->n_products; i++) {
+        const struct sm_lora *lora = sm_adapter_lora(a->adapter, p->products[i].w);
+        size_t n_panels = n_low_panels(lora);
+        if (panel >= n_panels) {
+            panel -= n_panels;
+            continue;
+        }
+        const struct sm_matmul m = {
+            .out = l->tile[0], .ld = SM_PANEL_ROWS,
+            .panels = lora->a + panel * lora->a_bytes, .panel_bytes = lora->a_bytes, .n_panels = 1,
+            .acts = acts, .first = first, .n_tokens = n, .scratch = l->scratch,
+        };
+        k->matmul[SM_TYPE_F32](&m);
+        for (size_t j = 0; j < n; j++) {
+            float *low = low_of(p, i, t + j) + panel * SM_PANEL_ROWS;
+            k->scale(low, l->tile[0] + j * SM_PANEL_ROWS, a[j].scale * lora->scale, SM_PANEL_ROWS);
+            bool odd_end = panel + 1 == n_panels && n_panels % 2 != 0; /* B reads whole slabs */
+            if (odd_end) memset(low + SM_PANEL_ROWS, 0, SM_PANEL_ROWS * sizeof low[0]);
+        }
+        return;
+    }
+}
+
+/* An item is LOW_TOKENS tokens and a panel of A. */
+static void lower_phase(void *arg, int thread, struct sm_work *work) {
+    const struct project *p = arg;
+    struct local *l = &p->o->locals[thread];
+    struct sm_acts acts;
+    size_t item, end, prepared = SIZE_MAX;
+    sm_acts_place(&acts, SM_ACT_F32, LOW_TOKENS, p->s->k, l->acts[SM_ACT_F32]);
+    turn_to(l, SM_TIMER_MATMUL + (enum sm_timer)SM_TYPE_F32);
+    while (sm_work_take(work, &item, &end)) {
+        for (; item < end; item++) {
+            size_t first = item / p->n_low * LOW_TOKENS, last = SM_MIN(first + LOW_TOKENS, p->n);
+            for (size_t t = first, n; t < last; t += n) {
+                n = same_adapter(p, t, last);
+                if (p->o->adaptations[t].adapter == NULL) continue;
+                for (size_t j = first; j < last && prepared != first; j++) {
+                    const float *row = p->s->row(p->s, j, l->row);
+                    if (!p->o->kernels->prepare[SM_ACT_F32](&acts, j - first, row))
+                        sm_ops_fail(p->o, SMALLM_E_NUMERIC);
+                }
+                prepared = first;
+                lower_panel(p, item % p->n_low, t, n, &acts, t - first, l);
+            }
+        }
+    }
+    turn_to(l, SM_TIMER_WAIT);
+}
+
+static void lower(struct project *p) {
+    for (size_t t = 0, n; p->o->adaptations != NULL && t < p->n; t += n) {
+        size_t n_low = 0;
+        n = same_adapter(p, t, p->n);
+        for (size_t i = 0; i < p->n_products; i++)
+            n_low += n_low_panels(sm_adapter_lora(p->o->adaptations[t].adapter, p->products[i].w));
+        p->n_low = SM_MAX(p->n_low, n_low);
+    }
+    size_t n_blocks = (p->n + LOW_TOKENS - 1) / LOW_TOKENS;
+    if (p->n_low > 0) run_phase(p->o, n_blocks * p->n_low, p->n < SM_FEW ? 1 : p->n_low, lower_phase, p);
+}
+
+/* tile [n][ld] += what adapters add to n_panels panels of product i. */
+static void add_adapters(const struct project *p, size_t i, size_t panel, size_t n_panels, size_t ld,
+                         float *tile, struct local *l) {
+    const struct sm_matrix *w = p->products[i].w;
+    const size_t width = n_panels * SM_PANEL_ROWS;
+    const size_t n_rows = SM_MIN(width, w->n_rows - panel * SM_PANEL_ROWS);
+    for (size_t t = 0, n; p->n_low > 0 && t < p->n; t += n) {
+        n = same_adapter(p, t, p->n);
+        const struct sm_lora *lora = sm_adapter_lora(p->o->adaptations[t].adapter, w);
+        if (lora == NULL) continue;
+        const struct sm_acts acts = {.k = lora->rank, .k_pad = sm_act_pad(SM_ACT_F32, lora->rank),
+                                     .stride = p->o->low_stride, .f = low_of(p, i, t)};
+        size_t place = (size_t)(w->panels - lora->of) / w->panel_bytes + panel;
+        const struct sm_matmul m = {
+            .out = l->own, .ld = width,
+            .panels = lora->b + place * lora->b_bytes, .panel_bytes = lora->b_bytes,
+            .n_panels = n_panels, .acts = &acts, .n_tokens = n, .scratch = l->scratch,
+        };
+        p->o->kernels->matmul[SM_TYPE_F32](&m);
+        for (size_t j = 0; j < n; j++) p->o->kernels->add(tile + (t + j) * ld, l->own + j * width, n_rows);
+    }
+}
+
+/* ---- finishing ------------------------------------------------------------------------------------------- */
+
 /* tile [n][ld] += the product's bias, for rows row .. row + n_rows - 1. */
 static void add_bias(const struct project *p, const struct sm_product *product, size_t row,
                      size_t n_rows, size_t ld, float *tile) {
@@ -342,11 +487,14 @@ static void run_tile(const struct project *p, const struct sm_product *product,
     const size_t row = panel * SM_PANEL_ROWS, ld = n_panels * SM_PANEL_ROWS;
     const size_t n_rows = SM_MIN(ld, product->w->n_rows - row);
     const uint8_t *next = panel_of(product->w, panel + n_panels);
+    const size_t index = (size_t)(product - p->products);
     float *gate = l->tile[0], *up = l->tile[1];
     if (p->gated != NULL) {
         const struct sm_matrix *w_up = p->products[1].w;
         multiply(p, product->w, acts, panel, n_panels, panel_of(w_up, panel), l, gate, ld);
         multiply(p, w_up, acts, panel, n_panels, next, l, up, ld);
+        add_adapters(p, 0, panel, n_panels, ld, gate, l);
+        add_adapters(p, 1, panel, n_panels, ld, up, l);
         finish_gated(p, row, n_rows, ld, gate, up);
         return;
     }
@@ -355,9 +503,11 @@ static void run_tile(const struct project *p, const struct sm_product *product,
     if (as_is && n_rows == ld) { /* nothing is between the sums and their place */
         float *out = product->out + row;
         multiply(p, product->w, acts, panel, n_panels, next, l, out, product->stride);
+        add_adapters(p, index, panel, n_panels, product->stride, out, l);
         add_bias(p, product, row, n_rows, product->stride, out);
     } else {
         multiply(p, product->w, acts, panel, n_panels, next, l, gate, ld);
+        add_adapters(p, index, panel, n_panels, ld, gate, l);
         finish(p, product, row, n_rows, ld, gate);
     }
 }
@@ -430,6 +580,7 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
 
 static void run_project(struct project *p) {
     p->rows = p->fine ? 2 * p->n : p->n;
+    if (!p->head) lower(p);
     for (size_t i = 0; i < p->n_products; i++) p->wants[sm_quants[p->products[i].w->type].act] = true;
     p->own = p->rows < SM_FEW;
     if (!p->own) run_phase(p->o, p->n, TOKENS_AT_ONCE, prepare_phase, p);

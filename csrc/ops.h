@@ -12,12 +12,13 @@
 
 #include <stdatomic.h>
 
-#include "model.h"
+#include "adapter.h"
 #include "peaks.h"
 #include "threads.h"
 #include "timers.h"
 
 #define SM_FEW 4
+#define SM_PRODUCTS_MAX 8 /* of one sm_ops_project */
 
 /* What a matmul reads.  row(source, t, room) gives token t's k values: where they lie already, or made
  * in room [k]. */
@@ -58,8 +59,15 @@ int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_ker
 void sm_ops_free(struct sm_ops *o); /* NULL allowed */
 uint64_t sm_ops_bytes(const struct sm_ops *o);
 
-/* Starts a pass; `cancel` may be NULL. */
-void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel);
+/* What sm_ops_reserve would add to sm_ops_bytes. */
+uint64_t sm_ops_reserve_bytes(const struct sm_ops *o, size_t rank);
+/* Makes room for adapters of this rank.  SMALLM_E_MEMORY: nothing has changed. */
+int sm_ops_reserve(struct sm_ops *o, size_t rank, smallm_error *err);
+
+/* Starts a pass; `cancel` may be NULL.  adaptations [n]: what each token adds to the matrices, within
+ * the rank reserved; NULL: nothing.  Wherever a product's matrix has an id, row t of what it reads is
+ * then token t of the pass. */
+void sm_ops_begin(struct sm_ops *o, const atomic_bool *cancel, const struct sm_adaptation *adaptations);
 /* SMALLM_OK, SMALLM_E_CANCELLED or what sm_ops_fail was told first. */
 int sm_ops_status(struct sm_ops *o);
 /* Ends a pass: adds where its time went to *timers, where it is kept. */
@@ -73,7 +81,7 @@ struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const floa
 struct sm_source sm_source_layer_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
                                       size_t k, const float *weight, const float *bias, float eps);
 
-/* n tokens through every product. */
+/* n tokens through every product, at most SM_PRODUCTS_MAX. */
 void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
                     const struct sm_product *products, size_t n_products);
 

@@ -21,6 +21,7 @@ struct sm_session {
     int32_t *tokens;
     int *positions;
     struct sm_seq **seqs;
+    struct sm_adaptation *adaptations;
     struct sm_block *blocks;
     size_t *wanted;
     float **logits, **peaks;
@@ -56,6 +57,7 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     s->tokens = sm_calloc(n, sizeof s->tokens[0]);
     s->positions = sm_calloc(n, sizeof s->positions[0]);
     s->seqs = sm_calloc(n, sizeof s->seqs[0]);
+    s->adaptations = sm_calloc(n, sizeof s->adaptations[0]);
     s->blocks = sm_calloc(n, sizeof s->blocks[0]);
     s->wanted = sm_calloc(n, sizeof s->wanted[0]);
     s->logits = sm_calloc(n, sizeof s->logits[0]);
@@ -63,7 +65,7 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     s->allowed = sm_calloc(n, sizeof s->allowed[0]);
     if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->seqs == NULL ||
         s->blocks == NULL || s->wanted == NULL || s->logits == NULL || s->peaks == NULL ||
-        s->allowed == NULL)
+        s->allowed == NULL || s->adaptations == NULL)
         return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
     float *at = s->floats;
     for (size_t i = 0; i < SM_COUNT(parts); i++) {
@@ -117,6 +119,7 @@ void sm_session_free(struct sm_session *s) {
     sm_free(s->tokens);
     sm_free(s->positions);
     sm_free(s->seqs);
+    sm_free(s->adaptations);
     sm_free(s->blocks);
     sm_free(s->wanted);
     sm_free(s->logits);
@@ -183,6 +186,23 @@ static int prepare(struct sm_session *s, const struct sm_span *spans, int n_span
     return SMALLM_OK;
 }
 
+/* Room for what the pass's adapters need: it comes out of the cache's. */
+static int reserve_adapters(struct sm_session *s, const struct sm_span *spans, int n_spans,
+                            smallm_error *err) {
+    size_t rank = 0;
+    for (int i = 0; i < n_spans; i++)
+        if (spans[i].adaptation.adapter != NULL) rank = SM_MAX(rank, spans[i].adaptation.adapter->rank);
+    uint64_t before = sm_ops_bytes(s->ops), need = sm_ops_reserve_bytes(s->ops, rank);
+    uint64_t limit = s->cache.memory_limit;
+    if (limit != 0 && (need >= limit || s->cache.n_bytes > limit - need))
+        return sm_fail(err, SMALLM_E_BUDGET,
+                       "an adapter of rank %zu needs %llu bytes; memory_limit leaves %llu", rank,
+                       (unsigned long long)need, (unsigned long long)(limit - s->cache.n_bytes));
+    int status = sm_ops_reserve(s->ops, rank, err);
+    if (limit != 0) s->cache.memory_limit -= sm_ops_bytes(s->ops) - before;
+    return status;
+}
+
 /* Room for the partial results of a decode pass (mixers/attention.c). */
 static int reserve_partial(struct sm_session *s, const struct sm_batch *batch, smallm_error *err) {
     const struct sm_hparams *h = &s->model->h;
@@ -215,11 +235,13 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
         const struct sm_span *span = &spans[i];
         size_t n = (size_t)span->n;
         if (n > 1) batch->alone = false;
+        if (span->adaptation.adapter != NULL) batch->adaptations = s->adaptations;
         for (size_t t = 0; t < n; t++) {
             size_t at = batch->n + t;
             s->tokens[at] = span->tokens[t];
             s->positions[at] = span->seq->n + (int)t;
             s->seqs[at] = span->seq;
+            s->adaptations[at] = span->adaptation;
             if (span->want == SM_WANT_ALL || (span->want == SM_WANT_LAST && t + 1 == n)) {
                 size_t row = span->want == SM_WANT_ALL ? t : 0;
                 s->wanted[batch->n_wanted] = at;
@@ -239,7 +261,8 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
 int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_spans,
                    const atomic_bool *cancel, smallm_error *err) {
     int n_tokens;
-    int status = prepare(s, spans, n_spans, &n_tokens, err);
+    int status = reserve_adapters(s, spans, n_spans, err);
+    if (status == SMALLM_OK) status = prepare(s, spans, n_spans, &n_tokens, err);
     if (status != SMALLM_OK) return status;
     struct sm_batch batch;
     fill_batch(s, spans, n_spans, &batch);
@@ -250,7 +273,7 @@ int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_span
     const struct sm_pass pass = {.model = s->model, .batch = &batch, .buffers = &s->buffers,
                                  .cache = &s->cache, .ops = s->ops};
     uint64_t fpenv = sm_fpenv_enter();
-    sm_ops_begin(s->ops, cancel);
+    sm_ops_begin(s->ops, cancel, batch.adaptations);
     sm_forward(&pass);
     sm_ops_end(s->ops, &s->timers);
     sm_fpenv_leave(fpenv);

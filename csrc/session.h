@@ -7,7 +7,7 @@
 
 #include <stdatomic.h>
 
-#include "model.h"
+#include "adapter.h"
 #include "timers.h"
 
 struct sm_session;
@@ -41,6 +41,7 @@ struct sm_span { /* the next tokens of one sequence */
     float *logits;         /* NONE: unused; LAST: [n_vocab]; ALL: [n][n_vocab] */
     const uint32_t *allowed; /* LAST: [(n_vocab + 31) / 32] tokens that count, NULL: all; logits of the
                               * others may be -infinity */
+    struct sm_adaptation adaptation;
     float *peaks;          /* NULL, or room for the peaks (peaks.h) of the last token's logits */
 };
 

@@ -114,6 +114,38 @@ int smallm_model_get_info(const smallm_model *model, smallm_model_info *out, sma
 int smallm_model_metadata(const smallm_model *model, size_t i, const char **key, const char **value,
                           size_t *n_value);
 
+/* ---- adapters ----------------------------------------------------------------------------- */
+
+/* LoRA matrices for a model, to be named by requests; immutable once open; any thread may use it, in any
+ * number of requests, with other adapters and none beside it. */
+typedef struct smallm_adapter smallm_adapter;
+
+typedef struct smallm_adapter_params {
+    size_t size;
+    uint64_t memory_limit; /* bytes for its matrices, 0: none; judged before they are allocated */
+} smallm_adapter_params;
+
+/* Opens a GGUF adapter (general.type "adapter", adapter.type "lora") for `model`, which must outlive
+ * it, and judges all of it: architecture, names and shapes have to be the model's.  `params` may be
+ * NULL.  On success *out is the caller's, to be freed with smallm_adapter_free. */
+int smallm_adapter_open(const smallm_model *model, const char *path,
+                        const smallm_adapter_params *params, smallm_adapter **out,
+                        smallm_error *err);
+
+/* NULL is allowed, as are requests that name it and still run: its memory goes when the last of them
+ * has been freed and no engine keeps a text that was made with it. */
+void smallm_adapter_free(smallm_adapter *adapter);
+
+typedef struct smallm_adapter_info {
+    size_t size;
+    uint64_t n_bytes;   /* in memory */
+    int32_t n_matrices; /* of the model that it changes */
+    int32_t rank;       /* the largest */
+} smallm_adapter_info;
+
+int smallm_adapter_get_info(const smallm_adapter *adapter, smallm_adapter_info *out,
+                            smallm_error *err);
+
 /* ---- text <-> tokens ----------------------------------------------------------------------- */
 
 enum smallm_token_flags {
@@ -215,9 +247,11 @@ typedef struct smallm_request_params {
     float *logits;           /* NULL, or [n_tokens][n_vocab]: filled with the prompt's logits; the
                                 caller keeps it alive until the request is done or freed */
     int32_t n_chunk;         /* tokens prefilled in one pass, 1 .. n_batch; 0: n_batch */
+    float adapter_scale;     /* what `adapter` adds is multiplied by this; 0: 1 */
+    smallm_adapter *adapter; /* of the engine's model, or NULL: the model alone */
 } smallm_request_params;
 
-/* Everything in `params` but `logits` is copied.  *out is the caller's, to be freed with
+/* Everything in `params` but `logits` is copied, and the adapter is held.  *out is the caller's, to be freed with
  * smallm_request_free.  SMALLM_E_CONTEXT: the prompt alone exceeds n_ctx. */
 int smallm_engine_submit(smallm_engine *engine, const smallm_request_params *params,
                          smallm_request **out, smallm_error *err);

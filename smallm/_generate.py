@@ -48,6 +48,8 @@ class Params(TypedDict, total=False):
     stop: a string or strings that end the answer and are not part of it.
     logprobs: None, or 0 .. 64 alternatives reported with each token's own log-probability.
     logit_bias: {token id: number added to its logit}; -inf forbids a token.
+    adapter: name of one that load() was given; None: the model alone.
+    adapter_scale: what the adapter adds is multiplied by this (1.0); -1e6 .. 1e6.
     on_overflow: "error" raises ContextOverflowError for a prompt that is too long;
         "truncate_left" drops its oldest part (in a chat, whole turns).
     """
@@ -66,6 +68,8 @@ class Params(TypedDict, total=False):
     stop: str | Sequence[str]
     logprobs: int | None
     logit_bias: Mapping[int, float] | None
+    adapter: str | None
+    adapter_scale: float
     on_overflow: str
 
 
@@ -225,6 +229,26 @@ def _bias(value: object, n_vocab: int) -> list[tuple[int, float]]:
     return pairs
 
 
+class Adaptation(NamedTuple):
+    """An adapter as a request names it."""
+
+    box: CData  #: a `smallm_adapter **`
+    scale: float  #: not 0
+
+
+def adaptation(name: object, scale: object, known: Mapping[str, CData]) -> Adaptation | None:
+    """The adapter of this name, at this scale; None where nothing is added."""
+    factor = number("adapter_scale", scale, lambda x: abs(x) <= 1e6, "-1e6 .. 1e6")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"adapter must be a str, not {type(name).__name__}")
+    if name not in known:
+        there = ", ".join(map(repr, known)) or "none: load(..., adapters={name: path})"
+        raise ValueError(f"adapter is {name!r}; this model was loaded with {there}")
+    return Adaptation(known[name], factor) if factor != 0 else None
+
+
 class Defaults(NamedTuple):
     """What temperature, top_p, top_k and min_p are when the caller does not say."""
 
@@ -261,7 +285,12 @@ class Options:
     """Judged parameters of one call; `seed` is always set."""
 
     def __init__(
-        self, where: str, params: Mapping[str, Any], defaults: Defaults, n_vocab: int
+        self,
+        where: str,
+        params: Mapping[str, Any],
+        defaults: Defaults,
+        n_vocab: int,
+        adapters: Mapping[str, CData],
     ) -> None:
         unknown = [name for name in params if name not in Params.__annotations__]
         if unknown:
@@ -302,6 +331,7 @@ class Options:
         logprobs = given["logprobs"]
         self.n_logprobs = -1 if logprobs is None else integer("logprobs", logprobs, 0, 64)
         self.bias = _bias(given["logit_bias"], n_vocab)
+        self.adaptation = adaptation(given["adapter"], given["adapter_scale"], adapters)
         overflow = given["on_overflow"]
         if overflow not in ("error", "truncate_left"):
             raise ValueError(f'on_overflow must be "error" or "truncate_left", not {overflow!r}')
@@ -319,6 +349,8 @@ _FIXED: dict[str, Any] = {
     "stop": (),
     "logprobs": None,
     "logit_bias": None,
+    "adapter": None,
+    "adapter_scale": 1.0,
     "on_overflow": "error",
 }
 
@@ -341,11 +373,13 @@ def submit(
     seed: int = 0,
     logits: CData = None,
     n_chunk: int = 0,
+    adapted: Adaptation | None = None,
 ) -> CData:
     """Submits `ids` and returns a `smallm_request **` that owns the request.
 
     `engine` is asked for the engine's box at the last moment.  Without `options` only the prompt is
-    run.  `logits` is a writable [n_ids][n_vocab] buffer, kept alive as long as the request.
+    run, with `adapted`.  `logits` is a writable [n_ids][n_vocab] buffer, kept alive as long as the
+    request.
     """
     params, error = new("request_params"), new("error")
     sampling = params.sampling
@@ -357,6 +391,7 @@ def submit(
     if logits is not None:
         params.logits = logits
     if options is not None:
+        adapted = options.adaptation
         params.max_tokens = options.max_tokens
         params.n_logprobs = options.n_logprobs
         for name in (
@@ -382,6 +417,9 @@ def submit(
             keep.append(ffi.new("char *[]", strings))
             keep.append(ffi.new("size_t[]", [len(string) for string in options.stop]))
             params.stop, params.stop_len, params.n_stop = keep[-2], keep[-1], len(strings)
+
+    if adapted is not None:
+        params.adapter, params.adapter_scale = adapted.box[0], adapted.scale
 
     # The box owns the request from the moment C writes it, whatever is raised in between; the
     # destructor holds `logits`, so that no buffer dies before the request that fills it.

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from . import _chat
+from . import _adapter, _chat
 from ._binding import CData, check, ffi, interruptible, lib, new, on, text
 from ._errors import (
     ClosedError,
@@ -26,6 +26,7 @@ from ._generate import (
     Defaults,
     Options,
     Stream,
+    adaptation,
     finish,
     integer,
     submit,
@@ -71,6 +72,7 @@ class ModelInfo(NamedTuple):
     feed_forward: int
     tokenizer: str  #: "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE)
     bytes: int  #: weights in memory
+    adapter_bytes: int  #: of all adapters, besides
     file_bytes: int  #: weights in the file
     token_bytes: int  #: weights read to decode one token
     cache_bytes: int  #: KV cache allocated so far
@@ -112,6 +114,7 @@ class Model:
         ctx: int | None = None,
         threads: int | None = None,
         kv: str = "f16",
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         memory_limit: int | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -153,6 +156,10 @@ class Model:
                     f"nothing of memory_limit={limit} to run them"
                 )
             settings.memory_limit = limit - info.n_packed_bytes
+        self._adapters: dict[str, CData] = {}
+        self._adapter_bytes = 0
+        for label, source in _judge_adapters(adapters).items():
+            self._open_adapter(box, label, source, settings)
         handles = _Handles(box)
         check(lib.smallm_engine_open(box[0], settings, handles.engine, error), error)
         self._handles = handles
@@ -162,6 +169,27 @@ class Model:
         self._vocabulary: int = info.n_vocab
         self._bos_added: int | None = info.bos if info.add_bos and info.bos >= 0 else None
         self._load_s = time.perf_counter() - started
+
+    def _open_adapter(self, model: CData, name: str, source: str, settings: CData) -> None:
+        """Opens one for `model`; what it takes is taken from the engine's memory limit."""
+        error, params, info = new("error"), new("adapter_params"), new("adapter_info")
+        limit = params.memory_limit = settings.memory_limit
+        box = ffi.gc(ffi.new("smallm_adapter **"), lambda box: lib.smallm_adapter_free(box[0]))
+        with _adapter.as_gguf(source, self._info) as path:
+            data = os.fsencode(path)
+            check(
+                interruptible(lambda: lib.smallm_adapter_open(model[0], data, params, box, error)),
+                error,
+            )
+        check(lib.smallm_adapter_get_info(box[0], info, error), error)
+        if limit:
+            if info.n_bytes >= limit:
+                raise MemoryBudgetError(
+                    f"{source}: the adapter takes {info.n_bytes} bytes; memory_limit leaves {limit}"
+                )
+            settings.memory_limit = limit - info.n_bytes
+        self._adapters[name] = box
+        self._adapter_bytes += info.n_bytes
 
     # ---- life ----
 
@@ -244,6 +272,7 @@ class Model:
             feed_forward=model.n_ff,
             tokenizer=text(model.tokenizer),
             bytes=model.n_packed_bytes,
+            adapter_bytes=self._adapter_bytes,
             file_bytes=model.n_file_bytes,
             token_bytes=model.n_token_bytes,
             cache_bytes=engine.n_cache_bytes,
@@ -306,11 +335,20 @@ class Model:
                 return data.decode("utf-8", "replace")
             capacity = n_bytes[0]
 
-    def logits(self, ids: Sequence[int], *, chunk: int | None = None) -> npt.NDArray[np.float32]:
+    def logits(
+        self,
+        ids: Sequence[int],
+        *,
+        chunk: int | None = None,
+        adapter: str | None = None,
+        adapter_scale: float = 1.0,
+    ) -> npt.NDArray[np.float32]:
         """What the model expects after each of `ids`: float32 [n_ids, n_vocab], before softmax.
 
         chunk: tokens computed in one pass, 1 .. 512 (the default).  It changes speed and memory,
-        never the result.  ContextOverflowError: more ids than the context holds.
+        never the result.
+        adapter, adapter_scale: see smallm.Params.
+        ContextOverflowError: more ids than the context holds.
         """
         import numpy as np
 
@@ -321,7 +359,15 @@ class Model:
         self._check_length(tokens)
         out = np.empty((len(tokens), self._vocabulary), np.float32)
         buffer = ffi.from_buffer("float[]", out, require_writable=True)
-        box = submit(lambda: self._live().engine, tokens, None, logits=buffer, n_chunk=n_chunk)
+        adapted = adaptation(adapter, adapter_scale, self._adapters)
+        box = submit(
+            lambda: self._live().engine,
+            tokens,
+            None,
+            logits=buffer,
+            n_chunk=n_chunk,
+            adapted=adapted,
+        )
         stream = Stream(self, box, 0, -1)
         finish([stream])
         return out
@@ -430,7 +476,7 @@ class Model:
 
     def _options(self, where: str, params: Mapping[str, Any]) -> Options:
         self._live()
-        return Options(where, params, self._defaults, self._vocabulary)
+        return Options(where, params, self._defaults, self._vocabulary, self._adapters)
 
     def _prompt(self, name: str, item: object, options: Options) -> list[int]:
         if isinstance(item, str):
@@ -500,6 +546,19 @@ class Model:
         return self.detokenize([token], skip_special=False) if token >= 0 else ""
 
 
+def _judge_adapters(adapters: object) -> dict[str, str]:
+    if adapters is None:
+        return {}
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must be a dict of name: path, not {type(adapters).__name__}")
+    for name, path in adapters.items():
+        if not isinstance(name, str) or not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"adapters must be a dict of name: path, not hold {name!r}: {path!r}")
+        if not name or "\0" in os.fspath(path):
+            raise ValueError(f"adapters: {name!r}: {path!r} has an empty name or a NUL character")
+    return {name: os.fspath(path) for name, path in adapters.items()}
+
+
 def _metadata(model: CData) -> dict[str, str]:
     key, value, n_value = ffi.new("char **"), ffi.new("char **"), ffi.new("size_t *")
     entries: dict[str, str] = {}
@@ -519,6 +578,7 @@ def load(
     ctx: int | None = None,
     threads: int | None = None,
     kv: str = "f16",
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     memory_limit: int | None = None,
     offline: bool = False,
     progress: Progress | bool | None = None,
@@ -530,7 +590,9 @@ def load(
     threads: 1 .. 256; None: SMALLM_THREADS, else the physical cores this process may use.
     kv: type of the KV cache: "f16", "f32", or "q8" (int8 with a scale per position and head, half
         of f16's memory).
-    memory_limit: bytes for weights, KV cache and scratch together.
+    adapters: LoRA adapters by the names that requests use (`adapter=`): GGUF files, or folders that
+        `peft` saved, for which the extra `convert` is needed.
+    memory_limit: bytes for weights, adapters, KV cache and scratch together.
     offline: no network; so does SMALLM_OFFLINE=1.
     progress: called with (bytes done, bytes in all or None) during a download; None: a bar on
         stderr where that is a terminal; False: nothing.
@@ -546,7 +608,14 @@ def load(
         raise TypeError(f"model must be a path or a name, not {type(model).__name__}")
     found = _catalog.resolve(model, offline=offline, progress=progress)
     try:
-        return Model(found.path, ctx=ctx, threads=threads, kv=kv, memory_limit=memory_limit)
+        return Model(
+            found.path,
+            ctx=ctx,
+            threads=threads,
+            kv=kv,
+            adapters=adapters,
+            memory_limit=memory_limit,
+        )
     except CorruptModelError as error:
         if found.name is None:
             raise

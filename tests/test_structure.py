@@ -44,17 +44,18 @@ MAY_INCLUDE = {
         "os",
         "mathx",
     },
+    "adapter": {"model", "os"},
     "cache": {"arch", "kernels"},
     "peaks": set(),
     "timers": {"quants"},
-    "ops": {"model", "threads", "kernels", "timers", "os", "peaks"},
+    "ops": {"adapter", "model", "threads", "kernels", "timers", "os", "peaks"},
     "forward": {"cache", "model", "ops", "mathx"},
     "experts": {"forward"},
     "mixers": {"forward"},
-    "session": {"model", "forward", "cache", "cpu", "timers"},
+    "session": {"adapter", "model", "forward", "cache", "cpu", "timers"},
     "sampler": {"mathx", "peaks"},
-    "engine": {"session", "sampler", "model", "tokenizer", "cpu", "os", "threads"},
-    "api": {"engine", "model", "kernels", "cpu", "os", "threads", "tokenizer"},
+    "engine": {"adapter", "session", "sampler", "model", "tokenizer", "cpu", "os", "threads"},
+    "api": {"adapter", "engine", "model", "kernels", "cpu", "os", "threads", "tokenizer"},
 }
 
 

@@ -28,6 +28,9 @@
  *                    acc = fma((float)msum, -(dminw * da), acc), msum = sum over sub-blocks of
  *                    min * sum q
  *   F32 F16 BF16     acc = fma(w, x, acc) for each k ascending
+ Adapters.  To the product of a matrix with x a pair (A, B) adds, before the bias:
+ *   u_i = (A x)_i * (scale * (alpha / rank));  out_r = out_r + (B u)_r
+ * A x, of the float32 x, and B u as for F32; each other operation rounded once.
  * dw, mw, dminw are the file's float16 scales as float; da, s the activation's.
  *
  * Attention (attend, attend_fold).  Scores, probabilities and sums within one absolute chunk of
