@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -518,3 +519,22 @@ def test_a_folder_without_an_adapter(setup: Setup, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(smallm.ModelNotFoundError, match=r"adapter_model\.safetensors.*pickle"):
         smallm.load(setup.base.path, adapters={"a": tmp_path})
+
+
+def test_readme_example(setup: Setup, tmp_path: Path) -> None:
+    """README's lines, with small random models in place of the real ones."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```py\n(.*?adapters=.*?)^```$", readme, re.S | re.M)
+    base = tiny.write_tiny(tmp_path / "base.gguf", tokenizer="bpe")
+    write_adapter(tmp_path / "legal.gguf", setup.pairs["one"])
+    tensors = {
+        NAME.format("A"): np.ones((6, 64), np.float32),
+        NAME.format("B"): np.ones((64, 6), np.float32),
+    }
+    write_peft(tmp_path / "support-lora", peft_config(), tensors)
+    program = f"import smallm\n{text}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=base.path.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
