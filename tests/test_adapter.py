@@ -538,3 +538,119 @@ def test_readme_example(setup: Setup, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+# ---- merging -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
+def test_merge(setup: Setup, tmp_path: Path, kind: str) -> None:
+    """The file's matrices are base + scale * B A, rounded to the format; all else is the base's."""
+    from smallm.convert import merge
+
+    base = tiny.write_tiny(tmp_path / "base.gguf", types=kind, n_ff=128, tied=False)
+    pairs = random_pairs(base.tensors, lambda name: 5, 7)
+    del pairs[Q]
+    path = write_adapter(tmp_path / "a.gguf", pairs, alpha=7.5)
+    steps: list[int] = []
+    out = merge(
+        base.path,
+        path,
+        tmp_path / "out.gguf",
+        scale=0.5,
+        progress=lambda done, total: steps.append(done),
+    )
+    assert steps == sorted(steps)
+    before, after = gguf.GGUFReader(base.path), gguf.GGUFReader(out)
+    assert {k: f.contents() for k, f in before.fields.items() if not k.startswith("GGUF")} == {
+        k: f.contents() for k, f in after.fields.items() if not k.startswith("GGUF")
+    }
+    assert steps[-1] == sum(t.n_bytes for t in after.tensors)
+    assert [t.name for t in before.tensors] == [t.name for t in after.tensors]
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert old.tensor_type == new.tensor_type and list(old.shape) == list(new.shape)
+        if old.name not in pairs:
+            assert np.array_equal(old.data, new.data), old.name
+            continue
+        a, b = pairs[old.name]
+        values = gguf.quants.dequantize(old.data, old.tensor_type).astype(np.float64)
+        values += 0.5 * 7.5 / 5 * (b.astype(np.float64) @ a)
+        wanted = gguf.quants.quantize(values.astype(np.float32), old.tensor_type)
+        same = gguf.quants.dequantize(wanted, old.tensor_type)
+        got = gguf.quants.dequantize(new.data, new.tensor_type)
+        assert np.allclose(got, same, 1e-6, 1e-7), old.name
+    with smallm.load(base.path, adapters={"a": path}, kv="f32") as model:
+        beside = model.logits(setup.ids, adapter="a", adapter_scale=0.5)
+        assert error(beside, model.logits(setup.ids)) > 0.05
+    with smallm.load(out, kv="f32") as model:
+        together = model.logits(setup.ids)
+    if kind == "F32":  # else what rounding the matrices did is in there
+        assert error(together, beside) < 1e-4
+
+
+def test_merged_k_quants_are_q8_0(tmp_path: Path) -> None:
+    from smallm.convert import merge
+
+    base = tiny.write_tiny(tmp_path / "base.gguf", types="Q4_K", n_embd=256, n_ff=256, n_layer=1)
+    pairs = {Q: random_pairs(base.tensors, lambda name: 4, 8)[Q]}
+    path = write_adapter(tmp_path / "a.gguf", pairs)
+    reader = gguf.GGUFReader(merge(base.path, path, tmp_path / "out.gguf", progress=False))
+    kinds = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert kinds.pop(Q) == "Q8_0"
+    assert {kind for name, kind in kinds.items() if "attn_k" in name} == {"Q4_K"}
+    smallm.load(reader_path(reader, tmp_path)).close()
+
+
+def reader_path(reader: gguf.GGUFReader, folder: Path) -> Path:
+    """The file that was read, after the map of it is gone."""
+    del reader
+    return folder / "out.gguf"
+
+
+def test_merge_leaves_no_broken_file(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smallm.convert import merge
+
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"before")
+
+    def stop(done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(setup.base.path, setup.paths["one"], out, progress=stop)
+    with pytest.raises(ValueError, match="scale must be"):
+        merge(setup.base.path, setup.paths["one"], out, scale=float("inf"))
+    with pytest.raises(smallm.UnsupportedModelError, match=r"general\.type"):
+        merge(setup.base.path, setup.base.path, out)
+    huge = {Q: tuple(x * np.float32(1e4) for x in setup.pairs["one"][Q])}
+    path = write_adapter(tmp_path / "huge.gguf", huge)  # type: ignore[arg-type]
+    half = tiny.write_tiny(tmp_path / "half.gguf", types="F16").path
+    with pytest.raises(smallm.UnsupportedModelError, match=r"attn_q\.weight.*float16"):
+        merge(half, path, out, progress=False)
+    assert out.read_bytes() == b"before"
+    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "huge.gguf", "half.gguf"}
+
+
+def test_command_line(setup: Setup, tmp_path: Path) -> None:
+    def call(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "smallm", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return done
+
+    one, out = setup.paths["one"], tmp_path / "out.gguf"
+    assert call("merge", setup.base.path, one, out, "--scale", "2").stdout == f"{out}\n"
+    run = ("run", "--raw", "--temp", "0", "-n", "12", "-p", "Once upon a time", "-m")
+    merged = call(*run, out).stdout
+    assert call(*run, setup.base.path, "--lora-scaled", f"{one}:2").stdout == merged
+    once = call(*run, setup.base.path, "--lora", one).stdout
+    assert once == call(*run, setup.base.path, "--lora-scaled", f"{one}:1").stdout
+    assert len({once, merged, call(*run, setup.base.path).stdout}) == 3
+    wrong = call(*run, setup.base.path, "--lora-scaled", str(one), code=2)
+    assert "PATH:SCALE" in wrong.stderr
+    both = call(*run, out, "--lora", one, "--lora-scaled", f"{one}:1", code=2)
+    assert "one adapter at a time" in both.stderr
+    bad = call(*run, setup.base.path, "--lora", setup.base.path, code=1)
+    assert bad.stderr.startswith("smallm: ") and "general.type" in bad.stderr

@@ -21,6 +21,7 @@ from .._errors import SmallmError
 F = TypeVar("F", bound=Callable[..., Any])
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+LORA = "lora"
 ANSWER_TOKENS = 1024  # a person can stop an answer; a program says -n
 
 
@@ -46,6 +47,12 @@ def model_options(command: F) -> F:
     """Which model, and how it is loaded."""
     for option in (
         click.option("--offline", is_flag=True, help="Never use the network."),
+        click.option(
+            "--lora-scaled", metavar="PATH:SCALE", help="As --lora, so many times what it adds."
+        ),
+        click.option(
+            "--lora", type=click.Path(), help="A LoRA adapter: a GGUF file or a folder of peft."
+        ),
         click.option(
             "-t", "--threads", type=click.IntRange(1, 256), help="Default: the physical cores."
         ),
@@ -110,10 +117,35 @@ def sampling(options: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def load(model: str, ctx_size: int | None, threads: int | None, offline: bool) -> Any:
+def load(
+    model: str,
+    ctx_size: int | None,
+    threads: int | None,
+    offline: bool,
+    adapter: str | None = None,
+) -> Any:
+    """adapter: a path; requests name it LORA."""
     from .. import load as load_model
 
-    return load_model(model, ctx=ctx_size or None, threads=threads, offline=offline)
+    adapters = None if adapter is None else {LORA: adapter}
+    return load_model(
+        model, ctx=ctx_size or None, threads=threads, offline=offline, adapters=adapters
+    )
+
+
+def adaptation(lora: str | None, lora_scaled: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The adapter's path, or None, and the parameters of requests that use it."""
+    if lora is None and lora_scaled is None:
+        return None, {}
+    if lora_scaled is None:
+        return lora, {"adapter": LORA}
+    if lora is not None:
+        raise click.UsageError("one adapter at a time: give either --lora or --lora-scaled")
+    path, _, scale = lora_scaled.rpartition(":")
+    try:
+        return path, {"adapter": LORA, "adapter_scale": float(scale)}
+    except ValueError:
+        raise click.UsageError(f"--lora-scaled is PATH:SCALE, not {lora_scaled!r}") from None
 
 
 def note(message: str) -> None:
@@ -172,6 +204,8 @@ def run(
     ctx_size: int | None,
     threads: int | None,
     offline: bool,
+    lora: str | None,
+    lora_scaled: str | None,
     **options: Any,
 ) -> None:
     """Answer one prompt: the words given, or -p, or stdin.
@@ -197,8 +231,9 @@ def run(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
 
-    params = sampling(options)
-    with load(model, ctx_size, threads, offline) as loaded:
+    adapter, adapted = adaptation(lora, lora_scaled)
+    params = sampling(options) | adapted
+    with load(model, ctx_size, threads, offline, adapter) as loaded:
         with loaded.stream(prompt if raw else messages, **params) as stream:
             for chunk in stream:
                 if not as_json:
@@ -248,13 +283,16 @@ def chat(
     ctx_size: int | None,
     threads: int | None,
     offline: bool,
+    lora: str | None,
+    lora_scaled: str | None,
     **options: Any,
 ) -> None:
     """Talk with a model.  /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
     from ._chat import talk
 
-    with load(model, ctx_size, threads, offline) as loaded:
-        talk(loaded, system, sampling(options))
+    adapter, adapted = adaptation(lora, lora_scaled)
+    with load(model, ctx_size, threads, offline, adapter) as loaded:
+        talk(loaded, system, sampling(options) | adapted)
 
 
 @cli.command()
@@ -385,6 +423,29 @@ def convert(source: str, out: str, type_name: str, as_json: bool) -> None:
     path = convert_folder(source, out, type=type_name)
     if as_json:
         print_json({"path": str(path), "size": path.stat().st_size, "type": type_name.lower()})
+        return
+    click.echo(path)
+
+
+@cli.command()
+@click.argument("base", shell_complete=_complete_file)
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("--scale", type=float, default=1.0, show_default=True, help="How much of it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def merge(base: str, adapter: str, out: str, scale: float, as_json: bool) -> None:
+    """Add a LoRA ADAPTER, GGUF or a folder of peft, to the model BASE: the GGUF file OUT.
+
+    Matrices keep their formats; those of K-quants that change become Q8_0.
+
+    \b
+    smallm merge base.gguf support-lora support.gguf
+    """
+    from ..convert import merge as merge_files
+
+    path = merge_files(base, adapter, out, scale=scale)
+    if as_json:
+        print_json({"path": str(path), "size": path.stat().st_size, "scale": scale})
         return
     click.echo(path)
 

@@ -9,5 +9,6 @@ byte is written.  Needs the extra `convert` (the packages gguf and safetensors).
 """
 
 from ._convert import TYPES, convert
+from ._merge import merge
 
-__all__ = ["TYPES", "convert"]
+__all__ = ["TYPES", "convert", "merge"]

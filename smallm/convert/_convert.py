@@ -369,34 +369,56 @@ def _write(
 ) -> None:
     import gguf
 
-    name = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    writer = gguf.GGUFWriter(name, arch)
-    try:
+    with whole_file(path, arch) as writer:
         for key, value in keys.items():
             value, kind, sub = _kind(value)
             writer.add_key_value(key, value, kind, sub_type=sub)
         writer.add_file_type(_file_type(type_name))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for t in targets:
-            writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, t.type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        write_tensors(
+            writer, targets, lambda t: (_encode(block, t) for block in t.blocks()), report
+        )
+
+
+def write_tensors(
+    writer: gguf.GGUFWriter,
+    targets: list[Target],
+    encoded: Callable[[Target], Iterator[Array]],
+    report: Progress,
+) -> None:
+    """Writes header, keys as the writer has got them, and all tensors, as their encoded blocks."""
+    for t in targets:
+        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, t.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    done, total = 0, sum(t.n_bytes for t in targets)
+    for t in targets:
+        begin = file.tell()
+        for block in encoded(t):
+            block.tofile(file)
+            report(done + file.tell() - begin, total)
+        if file.tell() - begin != t.n_bytes:
+            raise CorruptModelError(f"{t.name}: {file.tell() - begin} bytes, not {t.n_bytes}")
+        done += t.n_bytes
+        writer.write_padding(file, t.n_bytes)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
+    """A writer of a temporary file beside `path`, which gets that name where all went well."""
+    import gguf
+
+    name = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    writer = gguf.GGUFWriter(name, arch)
+    try:
+        yield writer
         assert writer.fout is not None
-        file = writer.fout[0]
-        writer.write_padding(file, file.tell())
-        done, total = 0, sum(t.n_bytes for t in targets)
-        for t in targets:
-            begin = file.tell()
-            for block in t.blocks():
-                _encode(block, t).tofile(file)
-                report(done + file.tell() - begin, total)
-            if file.tell() - begin != t.n_bytes:
-                raise CorruptModelError(f"{t.name}: {file.tell() - begin} bytes, not {t.n_bytes}")
-            done += t.n_bytes
-            writer.write_padding(file, t.n_bytes)
-        file.flush()
-        os.fsync(file.fileno())
+        writer.fout[0].flush()
+        os.fsync(writer.fout[0].fileno())
         writer.close()
         os.replace(name, path)
     except BaseException:
