@@ -60,6 +60,41 @@ def write_folder(spec: dict[str, Any], case: str, folder: Path) -> Path:
     return folder
 
 
+# What `peft` says of the adapters of the goldens of kind "adapter".
+ADAPTER_CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "r": 6,
+    "lora_alpha": 9,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "use_rslora": True,
+    "target_modules": "all-linear",
+    "rank_pattern": {"v_proj": 3, r"layers\.1\.self_attn\.q_proj": 17},
+    "alpha_pattern": {"model.layers.0.self_attn.k_proj": 30},
+    "base_model_name_or_path": None,
+    "init_lora_weights": True,
+}
+
+
+def write_adapter(case: str, shapes: dict[str, list[int]], folder: Path, **config: Any) -> Path:
+    """A folder of `peft`: pairs for every matrix [rows, k] of the layers among `shapes`, the
+    tensors of the case's checkpoint.  config: other values than ADAPTER_CONFIG's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG | config))
+    tensors = {}
+    for name, shape in shapes.items():
+        if ".layers." not in name or len(shape) != 2:
+            continue
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        rank = 17 if "layers.1.self_attn.q_proj" in name else 3 if "v_proj" in name else 6
+        for key, size in (("lora_A", [rank, shape[1]]), ("lora_B", [shape[0], rank])):
+            deviation = 0.1 if key == "lora_A" else 0.2 * rank**-0.5
+            values = weights(case, f"{module}.{key}", size, 0.0, deviation)
+            tensors[f"{module}.{key}.weight"] = values.astype(np.float32)
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 

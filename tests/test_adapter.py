@@ -654,3 +654,25 @@ def test_command_line(setup: Setup, tmp_path: Path) -> None:
     assert "one adapter at a time" in both.stderr
     bad = call(*run, setup.base.path, "--lora", setup.base.path, code=1)
     assert bad.stderr.startswith("smallm: ") and "general.type" in bad.stderr
+
+
+# ---- goldens of peft itself ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", goldens.names("adapter"))
+def test_golden(tmp_path: Path, case: str) -> None:
+    """Prefill, chunks and single tokens give the logits that `peft` computed in float64."""
+    golden = goldens.Golden(case, tmp_path)
+    shapes = {name: what[0] for name, what in golden.spec["tensors"].items()}
+    folder = goldens.write_adapter(case, shapes, tmp_path / "adapter")
+    with smallm.load(golden.path, kv="f32", adapters={"a": folder}) as model:
+        got = model.logits(golden.ids, adapter="a")
+        assert golden.error(got) < 1e-4
+        for chunk in (1, 3, 64):
+            assert np.array_equal(model.logits(golden.ids, adapter="a", chunk=chunk), got)
+    with smallm.load(golden.path, adapters={"a": folder}) as model:  # the f16 cache
+        rows = model.logits(golden.ids, adapter="a")[golden.rows]
+        assert np.abs(rows - golden.logits).max() < 2e-3 * np.ptp(golden.logits)
+    assert len(golden.broken) == 9
+    for step, wrong in golden.broken.items():
+        assert error(got[-len(wrong) :], wrong) > 0.1, step

@@ -1,6 +1,6 @@
 """Makes the golden models: tiny random ones built with `transformers`, and what they answer.
 
-    pip install torch==2.13.0 transformers==5.23.0 gguf safetensors numpy
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 gguf safetensors numpy
     python tests/golden/make.py [NAME ...]            writes the files beside this one
     python tests/golden/make.py [NAME ...] --check    makes them anew and compares
 
