@@ -10,6 +10,27 @@ static const struct sm_arch archs[] = {
     {.name = "llama", .models = "Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla",
      .rope = SM_ROPE_PAIRS},
     {.name = "qwen2", .models = "Qwen2, Qwen2.5", .rope = SM_ROPE_HALVES, .bias = SM_BIAS_QKV},
+    {.name = "qwen3", .models = "Qwen3", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_HEAD},
+    {.name = "gemma", .models = "Gemma", .rope = SM_ROPE_HALVES, .ffn = SM_FFN_GEGLU,
+     .scaled_embeddings = true},
+    {.name = "gemma2", .models = "Gemma 2", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AROUND,
+     .ffn = SM_FFN_GEGLU, .window = 4096, .window_period = 2, .scaled_embeddings = true,
+     .attn_cap = 50, .logit_cap = 30, .wide_layers = 46},
+    {.name = "gemma3", .models = "Gemma 3 (text)", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AROUND,
+     .qk_norm = SM_QK_NORM_HEAD, .ffn = SM_FFN_GEGLU, .window_period = 6, .local_base = 10000,
+     .scaled_embeddings = true, .wide_layers = 62},
+    {.name = "olmo2", .models = "OLMo 2", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
+     .qk_norm = SM_QK_NORM_ROW, .window_period = 4},
+    {.name = "granite", .models = "Granite 3 (dense)", .rope = SM_ROPE_PAIRS, .divided_logits = true},
+    {.name = "smollm3", .models = "SmolLM3", .rope = SM_ROPE_PAIRS, .unturned_period = 4},
+    {.name = "stablelm", .models = "StableLM 2, StableLM 3B, Zephyr", .rope = SM_ROPE_HALVES,
+     .norm = SM_NORM_LAYER, .qk_norm = SM_QK_NORM_HEADS, .parallel = SM_PARALLEL_IF_SHARED},
+    {.name = "command-r", .models = "Command R, Aya 23", .rope = SM_ROPE_PAIRS,
+     .norm = SM_NORM_LAYER_PLAIN, .qk_norm = SM_QK_NORM_HEADS, .parallel = SM_PARALLEL_SHARED},
+    {.name = "cohere2", .models = "Command R7B", .rope = SM_ROPE_PAIRS, .norm = SM_NORM_LAYER_PLAIN,
+     .parallel = SM_PARALLEL_SHARED, .window_period = 4, .turns_windows = true},
+    {.name = "exaone4", .models = "EXAONE 4", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
+     .qk_norm = SM_QK_NORM_HEAD, .window_period = 4, .turns_windows = true},
     {.name = "phi2", .models = "phi-1, phi-1.5, phi-2", .rope = SM_ROPE_HALVES,
      .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU, .bias = SM_BIAS_EVERYWHERE,
      .parallel = SM_PARALLEL_SHARED},
@@ -146,7 +167,7 @@ static void read_experts(struct reader *r, struct sm_hparams *h) {
 
 /* The window's size, and which layers have it: a period or a flag for each layer. */
 static void read_window(struct reader *r, struct sm_hparams *h) {
-    h->window = read_int(r, "attention.sliding_window", 0, 0, 1 << 24);
+    h->window = read_int(r, "attention.sliding_window", r->arch->window, 0, 1 << 24);
     if (r->status != SMALLM_OK) return;
     const char *key = full_key(r, "attention.sliding_window_pattern");
     size_t at = sm_gguf_find(r->g, key);

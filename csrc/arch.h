@@ -64,6 +64,7 @@ struct sm_arch {
     enum sm_router_kind router;
     bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
     enum sm_parallel parallel;
+    int window;         /* of files that do not name theirs; 0: none */
     /* Of every so many layers the last ... 0: none is different. */
     int window_period;  /* ... has no window; the file's pattern comes first */
     int unturned_period; /* ... has no rope */

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import architectures
 import goldens
 import numpy as np
 import pytest
@@ -74,10 +75,11 @@ def tiers() -> list[str]:
 
 
 def quantize(tensors: dict[str, Tensor]) -> None:
-    """Matrices as Q8_0: activations are rounded, integer kernels run.  Not routers, as in published
-    files: a token would get other experts."""
+    """Matrices as Q8_0: activations are rounded, integer kernels run.  As in published files not
+    norms, and not routers: a token would get other experts."""
     for name, t in tensors.items():
-        if len(t.shape) >= 2 and name.endswith(".weight") and "ffn_gate_inp" not in name:
+        whole = not name.endswith(".weight") or re.search(r"_norm\.|ffn_gate_inp", name)
+        if len(t.shape) >= 2 and not whole:
             tensors[name] = Tensor.encode(t.values(), "Q8_0", np.random.default_rng(0))
 
 
@@ -143,6 +145,12 @@ OTHER_VALUES = {
     "attention.layer_norm_epsilon": 0.05,
     "attention.layer_norm_rms_epsilon": 0.05,
     "attention.sliding_window": 90,
+    "attention.scale": 0.5,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 1.0,
+    "embedding_scale": 2.0,
+    "residual_scale": 1.5,
+    "logit_scale": 0.5,
 }
 
 
@@ -275,6 +283,91 @@ def test_a_tensor_that_the_architecture_lacks(
 
     message = refusal(golden.change(tmp_path / "m.gguf", edit=add))
     assert f"{name} is not one that the architecture {golden.arch} has" in message
+
+
+def test_no_architecture_takes_a_tensor_it_does_not_know(first: Golden, tmp_path: Path) -> None:
+    name = "blk.0.attn_gate.weight"
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = Tensor(GgmlType.F32, (64, 64), np.zeros((64, 64), dtype=np.float32))
+
+    message = refusal(first.change(tmp_path / "m.gguf", edit=add))
+    assert f"{name} is not one that the architecture {first.arch} has" in message
+
+
+def test_an_unknown_architecture_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    tiny._write(tmp_path / "m.gguf", "elephant", {}, {})
+    message = refusal(tmp_path / "m.gguf")
+    assert '"elephant"' in message
+    assert message.split("this version runs: ")[1].split(", ") == [
+        row.name for row in architectures.rows()
+    ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "attention.clamp_kqv",
+        "attention.temperature_scale",
+        "router_logit_softcapping",
+        "rope.scaling.yarn_log_multiplier",
+    ],
+)
+def test_steps_that_are_not_run_are_refused(
+    convert_golden: Callable[[str], Golden], tmp_path: Path, key: str
+) -> None:
+    golden = convert_golden("llama")
+    message = refusal(golden.change(tmp_path / "m.gguf", keys={key: tiny.f32(0.5)}))
+    assert f"llama.{key}" in message
+    golden.change(tmp_path / "m.gguf", keys={key: tiny.f32(0.0)})
+    assert smallm.load(tmp_path / "m.gguf").info.architecture == "llama"
+
+
+@pytest.mark.parametrize("dropped", [["blk.0.ffn_norm.weight"], ["blk.1.ffn_norm.bias"]], ids=str)
+def test_half_of_a_norm_that_may_be_missing(
+    convert_golden: Callable[[str], Golden], tmp_path: Path, dropped: list[str]
+) -> None:
+    golden = convert_golden("stablelm-zephyr")
+    message = refusal(
+        golden.change(tmp_path / "m.gguf", edit=lambda t: [t.pop(name) for name in dropped])
+    )
+    assert re.search(r"blk\.[01]\.ffn_norm\.bias", message)
+
+
+# ---- layers with and without a window ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("gemma2", 2), ("gemma3", 6), ("cohere2", 4), ("exaone4", 4)]
+)
+def test_the_pattern_of_windows_as_period_and_as_flags(
+    convert_golden: Callable[[str], Golden], tmp_path: Path, name: str, key: int
+) -> None:
+    golden = convert_golden(name)
+    expected = compute(golden.path, golden.ids, threads=2)
+    n_layer = golden.spec["config"]["num_hidden_layers"]
+    flags = [bool((i + 1) % key) for i in range(n_layer)]
+    path = tmp_path / "m.gguf"
+    for value in (key, flags):
+        golden.change(path, keys={"attention.sliding_window_pattern": value})
+        assert np.array_equal(compute(path, golden.ids, threads=2), expected)
+    flags[0] = False
+    golden.change(path, keys={"attention.sliding_window_pattern": flags})
+    assert golden.error(compute(path, golden.ids, threads=2)) > 300 * EXACT
+    golden.change(path, keys={"attention.sliding_window_pattern": flags[1:]})
+    assert "sliding_window_pattern" in refusal(path)
+
+
+def test_soft_caps_that_old_files_do_not_name(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    golden, caps = convert_golden("gemma2"), ("attn_logit_softcapping", "final_logit_softcapping")
+    paths = [
+        golden.change(tmp_path / f"{i}.gguf", keys=dict(zip(caps, values, strict=True)))
+        for i, values in enumerate([(None, None), (tiny.f32(50), tiny.f32(30))])
+    ]
+    a, b = (compute(path, golden.ids, threads=2) for path in paths)
+    assert np.array_equal(a, b) and golden.error(a) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["weight", "bias"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import goldens
 import pytest
 
@@ -24,6 +25,10 @@ SETUP = [
     "pip install '.[test]' && pytest\n",
 ]
 PACKAGE = Path(smallm.__file__).parent
+
+
+def test_the_table_of_architectures_is_that_of_arch_c() -> None:
+    assert architectures.written() == architectures.table(), "run tests/architectures.py"
 
 
 def blocks(language: str) -> list[str]:

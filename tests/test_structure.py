@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import architectures
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -100,22 +101,28 @@ def test_the_library_does_not_exit_or_print(path: Path) -> None:
 
 
 def test_architecture_names_stand_in_one_file() -> None:
-    rows = re.findall(r'\{\.name = "(\w+)"', (CSRC / "arch.c").read_text(encoding="utf-8"))
+    rows = [row.name for row in architectures.rows()]
     assert {"llama", "qwen2", "phi2"} <= set(rows)
     # "llama" is also the name of a tokenizer model (SentencePiece), and tokenizers have
     # pre-tokenizers of the families' names.
+    package = ROOT / "smallm"
+    others = [p for p in package.rglob("*.py") if package / "convert" not in p.parents]
     for path in SOURCES:
         if path.name in ("arch.c", "tokenizer.c", "pretok.c"):
             continue
         text = re.sub(r"/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.S)
         assert not [name for name in rows if f'"{name}"' in text], path
+    names = "|".join(map(re.escape, set(rows) - {"llama"}))
+    for path in others:
+        text = path.read_text(encoding="utf-8")
+        assert not re.findall(rf"[\"']({names})[\"']", text), path
     for path in (CSRC / "forward.c", CSRC / "mixers" / "attention.c", CSRC / "session.c"):
         text = path.read_text(encoding="utf-8")
         assert not [name for name in rows if re.search(rf"\b{name}", text)], path
 
 
 def test_each_architecture_has_its_golden() -> None:
-    rows = re.findall(r'\{\.name = "(\w+)"', (CSRC / "arch.c").read_text(encoding="utf-8"))
+    rows = [row.name for row in architectures.rows()]
     paths = (ROOT / "tests" / "golden").glob("*.json")
     assert set(rows) == {json.loads(path.read_text())["architecture"] for path in paths}
 

@@ -104,11 +104,76 @@ def sliding_window(c: Config) -> Keys:
     return {} if window is None else {"attention.sliding_window": window}
 
 
+def windows(period: int) -> Callable[[Config], Keys]:
+    """For models in which of every `period` layers all but the last have a window."""
+
+    def keys(c: Config) -> Keys:
+        flags = [bool((i + 1) % period) for i in range(c.n_layer)]
+        types = c.get("layer_types")
+        if c.get("sliding_window") is None:
+            flags = [False] * c.n_layer
+        names = ["sliding_attention" if flag else "full_attention" for flag in flags]
+        if types is not None and types != names:
+            raise c.refuse("layer_types", [names])
+        if types is None and c.get("sliding_window_pattern", default=period) != period:
+            raise c.refuse("sliding_window_pattern", [period])
+        return sliding_window(c)
+
+    return keys
+
+
+def query_scale(c: Config) -> Keys:
+    """query_pre_attn_scalar, where it is not the head's size."""
+    width = c.number("query_pre_attn_scalar")
+    return {} if width == c.head else {"attention.scale": width**-0.5}
+
+
+def soft_caps(c: Config) -> Keys:
+    return {
+        "attn_logit_softcapping": c.number("attn_logit_softcapping"),
+        "final_logit_softcapping": c.number("final_logit_softcapping"),
+    }
+
+
+def local_rope(c: Config) -> Keys:
+    """The base of layers with a window: a key only where it is not the usual one."""
+    local = (c.get("rope_parameters", default={})).get("sliding_attention", {})
+    base = c.number("rope_local_base_freq", default=float(local.get("rope_theta", 10000.0)))
+    if local.get("rope_type", "default") != "default":
+        raise UnsupportedModelError(
+            f"{c.path}: the rope scaling of layers with a window is {local['rope_type']!r}; "
+            "this version takes default"
+        )
+    return {} if base == 10000.0 else {"rope.freq_base_swa": base}
+
+
+def multipliers(c: Config) -> Keys:
+    return {
+        "embedding_scale": c.number("embedding_multiplier"),
+        "residual_scale": c.number("residual_multiplier"),
+        "logit_scale": c.number("logits_scaling"),
+        "attention.scale": c.number("attention_multiplier"),
+    }
+
+
+def logit_scale(c: Config) -> Keys:
+    return {"logit_scale": c.number("logit_scale")}
+
+
+def fourth_unturned(c: Config) -> Keys:
+    """Of every four layers the last has no rope: there is no key for it."""
+    turned = [int((i + 1) % 4 != 0) for i in range(c.n_layer)]
+    if c.get("no_rope_layers", default=turned) != turned:
+        raise c.refuse("no_rope_layers", [turned])
+    return {}
+
+
 def rope_parameters(c: Config) -> dict[str, Any]:
     """rope_parameters as `transformers` 5 writes them, also of configs from before: rope_type,
     rope_theta, partial_rotary_factor and what the type needs."""
     new = c.get("rope_parameters")
     if new is not None:
+        new = new.get("full_attention", new)  # layers with a window: `local_rope`
         return {**new, "rope_type": new.get("rope_type", "default")}
     old = c.get("rope_scaling", default={})
     rope_type = old.get("rope_type", old.get("type", "default"))
@@ -241,13 +306,53 @@ DROPPED: Iterable[Rule] = (
     (r".*\.attention\.(?:bias|masked_bias)", lambda m, c: []),
 )
 
+PAIRED: Rule = (
+    r"model\.layers\.(\d+)\.self_attn\.([qk])_proj\.(weight|bias)",
+    paired_queries,
+)
+
+
+def parallel_residual(c: Config) -> Keys:
+    return {"use_parallel_residual": bool(c.get("use_parallel_residual", default=False))}
+
+
+# Norms whose weights are stored less 1, and what they are called without "norm".
+CENTRED = {"input_layer": "attn_norm", "q_": "attn_q_norm", "k_": "attn_k_norm"}
+
+
+def centred_norms(names: Mapping[str, str]) -> tuple[Rule, ...]:
+    def rule(m: re.Match[str], c: Config) -> list[Piece]:
+        target = "output_norm" if m[1] is None else f"blk.{m[1]}.{(CENTRED | dict(names))[m[2]]}"
+        return [Piece(f"{target}.weight", lambda x: x + 1)]
+
+    parts = "|".join(CENTRED | dict(names))
+    return ((rf"model\.(?:layers\.(\d+)\.(?:self_attn\.)?({parts}))?norm\.weight", rule),)
+
+
+NORMS_AROUND = {
+    "post_attention_layer": "post_attention_norm",
+    "pre_feedforward_layer": "ffn_norm",
+    "post_feedforward_layer": "post_ffw_norm",
+}
+GEGLU: Mapping[str, tuple[Any, ...]] = {
+    # Old configs say gelu, which their models never were.
+    "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "use_bidirectional_attention": (False,),
+}
+
+
+def norms_of_heads(m: re.Match[str], c: Config) -> list[Piece]:
+    return [Piece(f"blk.{m[1]}.attn_{m[2]}_norm.weight", part=int(m[3]))]
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llama",
         ("LlamaForCausalLM", "MistralForCausalLM"),
         (base, ffn, rms_norm, rope, sliding_window),
         expect={"hidden_act": ("silu",)},
-        rules=((r"model\.layers\.(\d+)\.self_attn\.([qk])_proj\.(weight|bias)", paired_queries),),
+        rules=(PAIRED,),
         extra=rope_factors,
     ),
     Family(
@@ -273,6 +378,87 @@ FAMILIES: tuple[Family, ...] = (
                 lambda m, c: [Piece(f"blk.{m[1]}.ffn_gate_inp_shexp.weight", lambda x: x[0])],
             ),
         ),
+    ),
+    Family(
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        (base, ffn, rms_norm, rope),
+        expect={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+    ),
+    Family(
+        "gemma",
+        ("GemmaForCausalLM",),
+        (base, ffn, rms_norm, rope),
+        expect=GEGLU,
+        rules=centred_norms({"post_attention_layer": "ffn_norm"}),
+    ),
+    Family(
+        "gemma2",
+        ("Gemma2ForCausalLM",),
+        (base, ffn, rms_norm, rope, windows(2), query_scale, soft_caps),
+        expect=GEGLU,
+        rules=centred_norms(NORMS_AROUND),
+    ),
+    Family(
+        "gemma3",
+        ("Gemma3ForCausalLM",),
+        (base, ffn, rms_norm, rope, local_rope, windows(6), query_scale),
+        # Neither cap may be there: null counts as missing.
+        expect={**GEGLU, "attn_logit_softcapping": (), "final_logit_softcapping": ()},
+        rules=centred_norms(NORMS_AROUND),
+    ),
+    Family(
+        "olmo2",
+        ("Olmo2ForCausalLM",),
+        (base, ffn, rms_norm, rope),
+        expect={"hidden_act": ("silu",)},
+    ),
+    Family(
+        "granite",
+        ("GraniteForCausalLM",),
+        (base, ffn, rms_norm, rope, multipliers),
+        expect={"hidden_act": ("silu",)},
+        rules=(PAIRED,),
+        extra=rope_factors,
+    ),
+    Family(
+        "smollm3",
+        ("SmolLM3ForCausalLM",),
+        (base, ffn, rms_norm, rope, fourth_unturned),
+        expect={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+        rules=(PAIRED,),
+        extra=rope_factors,
+    ),
+    Family(
+        "stablelm",
+        ("StableLmForCausalLM",),
+        (base, ffn, layer_norm, rope, parallel_residual),
+        expect={"hidden_act": ("silu",)},
+        rules=(
+            (
+                r"model\.layers\.(\d+)\.self_attn\.([qk])_layernorm\.norms\.(\d+)\.weight",
+                norms_of_heads,
+            ),
+        ),
+    ),
+    Family(
+        "command-r",
+        ("CohereForCausalLM",),
+        (base, ffn, layer_norm, rope, logit_scale),
+        expect={"hidden_act": ("silu",)},
+    ),
+    Family(
+        "cohere2",
+        ("Cohere2ForCausalLM",),
+        (base, ffn, layer_norm, rope, windows(4), logit_scale),
+        expect={"hidden_act": ("silu",)},
+    ),
+    Family(
+        "exaone4",
+        ("Exaone4ForCausalLM",),
+        (base, ffn, rms_norm, rope, windows(4)),
+        expect={"hidden_act": ("silu",)},
+        extra=rope_factors,
     ),
     Family(
         "phi2",

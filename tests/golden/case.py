@@ -99,6 +99,10 @@ def rms_norm(self: Any, x: Any) -> Any:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
 
 
+def identity(x: Any) -> Any:
+    return x
+
+
 def gelu_tanh(x: Any) -> Any:
     return torch.nn.functional.gelu(x, approximate="tanh")
 

@@ -1,0 +1,77 @@
+"""Granite and SmolLM3: Llama with multipliers, and with layers that have no rope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from case import (
+    SMALL,
+    Case,
+    Steps,
+    default_rope,
+    gelu_tanh,
+    no_rope,
+    patch,
+    rope_on_pairs,
+    swapped,
+    values,
+)
+from transformers.models.granite import modeling_granite
+from transformers.models.smollm3 import modeling_smollm3
+
+
+def common(model: Any, module: Any) -> Steps:
+    mlps = [layer.mlp for layer in model.model.layers]
+    return {
+        "rope on pairs": patch(module, "apply_rotary_pos_emb", rope_on_pairs),
+        "no rope": patch(module, "apply_rotary_pos_emb", no_rope),
+        "gelu in place of silu": swapped(mlps, "act_fn", gelu_tanh),
+    }
+
+
+def granite(model: Any) -> Steps:
+    layers = model.model.layers
+    return common(model, modeling_granite) | {
+        "embeddings as they are": values((model.model, "embedding_multiplier", 1.0)),
+        "layers add all": values(*((layer, "residual_multiplier", 1.0) for layer in layers)),
+        "scores scaled by the head": values(*((x.self_attn, "scaling", 0.25) for x in layers)),
+        "logits as they are": values((model.config, "logits_scaling", 1.0)),
+    }
+
+
+def smollm3(model: Any) -> Steps:
+    attentions = [layer.self_attn for layer in model.model.layers]
+    return common(model, modeling_smollm3) | {
+        "rope everywhere": values(*((attention, "use_rope", 1) for attention in attentions))
+    }
+
+
+CASES = [
+    Case(
+        "granite",
+        "granite",
+        transformers.GraniteConfig(
+            **SMALL,
+            tie_word_embeddings=True,
+            rope_parameters=default_rope(),
+            embedding_multiplier=6.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.35,
+            logits_scaling=3.0,
+        ),
+        transformers.GraniteForCausalLM,
+        granite,
+    ),
+    Case(
+        "smollm3",
+        "smollm3",
+        transformers.SmolLM3Config(
+            **SMALL | {"num_hidden_layers": 4},
+            tie_word_embeddings=True,
+            rope_parameters=default_rope(1e5),
+        ),
+        transformers.SmolLM3ForCausalLM,
+        smollm3,
+    ),
+]
