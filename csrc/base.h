@@ -73,6 +73,12 @@ void sm_free(void *p); /* NULL allowed */
 /* Test builds only: the n-th allocation from now fails (1: the next one); 0 turns it off. */
 void sm_test_fail_alloc(long n);
 long sm_test_alloc_count(void); /* allocations since the last sm_test_fail_alloc */
+
+/* Test builds only: steps of work that a caller's text could make many of, on this thread. */
+extern _Thread_local uint64_t sm_test_work;
+#define SM_WORK() ((void)sm_test_work++)
+#else
+#define SM_WORK() ((void)0)
 #endif
 
 #endif

@@ -7,6 +7,7 @@
 
 #ifdef SMALLM_TEST_ALLOC
 static _Atomic long test_fail_at, test_count;
+_Thread_local uint64_t sm_test_work;
 
 void sm_test_fail_alloc(long n) {
     atomic_store(&test_count, 0);

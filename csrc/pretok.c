@@ -31,6 +31,7 @@ struct sm_pretok {
 #define NOT_SYMBOL (WORD | BIT(SM_CHAR_SPACE)) /* [^\s\p{L}\p{N}] is what these are not */
 
 static enum sm_char_class class_at(const uint8_t *s, size_t i, size_t *length) {
+    SM_WORK();
     return sm_char_class(sm_utf8_decode(s + i, length));
 }
 
@@ -88,7 +89,10 @@ static size_t spaced_run(const uint8_t *s, size_t i, size_t n, bool (*in)(uint32
     size_t length, at = i;
     if (class_at(s, i, &length) == SM_CHAR_SPACE && i + length < n) at += length;
     size_t end = at;
-    while (end < n && in(sm_utf8_decode(s + end, &length))) end += length;
+    while (end < n && in(sm_utf8_decode(s + end, &length))) {
+        SM_WORK();
+        end += length;
+    }
     if (end > at) return end;
     /* The character may be white space and an X as well. */
     return in(sm_utf8_decode(s + i, &length)) ? i + length : i;
@@ -137,7 +141,7 @@ static size_t words(const uint8_t *s, size_t i, size_t n, unsigned word, int max
     size_t at = i + (s[i] == ' ');
     end = run(s, at, n, ~(NOT_SYMBOL | word));
     if (end == at) return white_space(s, i, n, true);
-    while (end < n && is_newline(s[end])) end++;
+    for (; end < n && is_newline(s[end]); end++) SM_WORK();
     return end;
 }
 
@@ -187,7 +191,7 @@ static size_t cased_words(const uint8_t *s, size_t i, size_t n, int max_digits, 
     size_t at = i + (s[i] == ' ');
     end = run(s, at, n, ~NOT_SYMBOL);
     if (end == at) return white_space(s, i, n, true);
-    while (end < n && (is_newline(s[end]) || s[end] == '/')) end++;
+    for (; end < n && (is_newline(s[end]) || s[end] == '/'); end++) SM_WORK();
     return end;
 }
 
@@ -205,7 +209,7 @@ static size_t match_deepseek3(const uint8_t *s, size_t i, size_t n) {
     size_t length, end = i + 1;
     enum sm_char_class class = class_at(s, i, &length);
     if (s[i] < 0x80 && (BIT(class) & symbol)) {
-        while (end < n && lower(s[end]) >= 'a' && lower(s[end]) <= 'z') end++;
+        for (; end < n && lower(s[end]) >= 'a' && lower(s[end]) <= 'z'; end++) SM_WORK();
         if (end > i + 1) return end;
     }
     if (BIT(class) & (LETTER | MARK)) return run(s, i + length, n, LETTER | MARK);
@@ -214,7 +218,7 @@ static size_t match_deepseek3(const uint8_t *s, size_t i, size_t n) {
     size_t at = i + (s[i] == ' ');
     end = run(s, at, n, symbol);
     if (end == at) return white_space(s, i, n, true);
-    while (end < n && is_newline(s[end])) end++;
+    for (; end < n && is_newline(s[end]); end++) SM_WORK();
     return end;
 }
 
@@ -227,6 +231,7 @@ static size_t match_three_digits(const uint8_t *s, size_t i, size_t n) {
 static size_t match_kana_or_han(const uint8_t *s, size_t i, size_t n) {
     while (i < n) {
         size_t length;
+        SM_WORK();
         uint32_t c = sm_utf8_decode(s + i, &length);
         if (!(c >= 0x3040 && c <= 0x30FF) && !(c >= 0x4E00 && c <= 0x9FA5)) break;
         i += length;
@@ -248,8 +253,10 @@ static size_t match_digits(const uint8_t *s, size_t i, size_t n) {
  * U+00B2, U+00B3, U+00B9 and U+00BC .. U+00BE in Latin-1, wherever they occur. */
 static size_t match_byte_digits(const uint8_t *s, size_t i, size_t n) {
     while (i < n && ((s[i] >= '0' && s[i] <= '9') || s[i] == 0xB2 || s[i] == 0xB3 || s[i] == 0xB9 ||
-                     (s[i] >= 0xBC && s[i] <= 0xBE)))
+                     (s[i] >= 0xBC && s[i] <= 0xBE))) {
+        SM_WORK();
         i++;
+    }
     return i;
 }
 
@@ -347,6 +354,7 @@ static size_t match_western_marks(const uint8_t *s, size_t i, size_t n) {
 static size_t match_asian(const uint8_t *s, size_t i, size_t n) {
     while (i < n) {
         size_t length;
+        SM_WORK();
         uint32_t c = sm_utf8_decode(s + i, &length);
         if (!(c >= 0x800 && c <= 0x9FA5) && !(c >= 0xAC00 && c <= 0xD7FF)) break;
         i += length;
@@ -460,6 +468,7 @@ static int split(match_fn *const *steps, const uint8_t *s, size_t n, sm_piece_fn
     if (*steps == NULL) return piece(ctx, (const char *)s, n);
     size_t gap = 0, i = 0;
     while (i < n) {
+        SM_WORK();
         size_t end = (*steps)(s, i, n);
         if (end == i) {
             i += *steps == match_byte_digits ? 1 : sm_utf8_length(s[i]);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -677,6 +678,70 @@ def test_long_runs_come_back(load: Callable[..., Any], text: str, n: int) -> Non
     for model in (load("gpt-2 special", keys), load("nul", reference.trained_sentencepiece()[1])):
         ids = model.tokenize(text * n, parse_special=True)
         assert model.detokenize(ids, skip_special=False) in (text * n, "<s>" + text * n)
+
+
+HOSTILE = [
+    *(
+        "a",
+        " ",
+        "\n",
+        "\r\n",
+        "7",
+        "'",
+        "  x",
+        "\u4e2d\u0301",
+        "\u0301",
+        "\xa0",
+        "\u4e2dA",
+        "Aa",
+        "_a",
+    ),
+    *(
+        "<|im_start",
+        "<|im_start|>",
+        "the",
+        "\u2581",
+        "\u0130",
+        "\uac00",
+        "\ufdfa",
+        "\xbd",
+        "ab ",
+        "\t.",
+    ),
+    *("\U0001f468\u200d", "\u4e2d", "x" * 99 + " ", "a" * 1000 + " ", "\x00", "\u1d2c/", "!a"),
+]
+
+
+@pytest.mark.parametrize(
+    "kind", [*reference.PRE_TOKENIZERS, "sentencepiece", "wordpiece", "unigram", "as it is"]
+)
+def test_no_text_is_more_work_than_n_log_n(
+    tmp_path: Path, c_tests: Callable[[str], Path], kind: str
+) -> None:
+    """Steps of 32, 64 and 128 KiB, counted: twice the text is hardly more than twice the work."""
+    if kind == "sentencepiece":
+        keys = reference.trained_sentencepiece()[1]
+    elif kind == "wordpiece":
+        keys = reference.trained_wordpiece()[1]
+    elif kind in ("unigram", "as it is"):
+        options = UNIGRAM["T5's" if kind == "unigram" else kind]
+        keys = reference.trained_sentencepiece(model_type="unigram", **options)[1]
+    else:
+        keys = reference.trained_byte_level(kind, special=SPECIAL, user=USER)[1]
+    write_tiny(tmp_path / "work.gguf", tokenizer=keys, n_layer=1)
+    texts = [*HOSTILE, "".join(reference.FRAGMENTS), "".join(reference.corpus()[:30])]
+    lines = "".join(
+        text.encode()[:4000].decode("utf-8", "ignore").encode().hex() + "\n" for text in texts
+    )
+    command = [c_tests("tokenize_work"), tmp_path / "work.gguf"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+    rows = [[int(x) for x in line.split()] for line in done.stdout.splitlines()]
+    assert len(rows) == len(texts)
+    for text, (n1, w1, n2, w2, n3, w3) in zip(texts, rows, strict=True):
+        assert w1 >= 0.1 * n1, text  # the counter counts
+        assert w2 <= 2.2 * n2 / n1 / 2 * w1 + 1000, (text, w1, w2)
+        assert w3 <= 2.2 * n3 / n2 / 2 * w2 + 1000, (text, w2, w3)
+        assert w3 <= 8 * n3 * n3.bit_length(), (text, w3)
 
 
 def with_token(i: int, text: str) -> Change:

@@ -18,8 +18,10 @@ static uint64_t pair_hash(int32_t left, int32_t right) {
 static const struct sm_pair *find_pair(const struct sm_tokenizer *t, int32_t left, int32_t right) {
     const struct sm_pair *p;
     for (size_t i = pair_hash(left, right) & t->pair_mask; (p = &t->pairs[i])->left >= 0;
-         i = (i + 1) & t->pair_mask)
+         i = (i + 1) & t->pair_mask) {
+        SM_WORK();
         if (p->left == left && p->right == right) return p;
+    }
     return NULL;
 }
 
@@ -201,6 +203,7 @@ int sm_bpe_load_scores(struct sm_vocab_load *b) {
 static void sift_down(uint64_t *heap, size_t n, size_t i) {
     uint64_t key = heap[i];
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        SM_WORK();
         child += child + 1 < n && heap[child + 1] < heap[child];
         if (heap[child] >= key) break;
         heap[i] = heap[child];
@@ -211,6 +214,7 @@ static void sift_down(uint64_t *heap, size_t n, size_t i) {
 static void push(struct sm_encode *e, uint64_t key) {
     size_t i = e->n_heap++;
     while (i > 0 && e->heap[(i - 1) / 2] > key) {
+        SM_WORK();
         e->heap[i] = e->heap[(i - 1) / 2];
         i = (i - 1) / 2;
     }

@@ -26,6 +26,7 @@ void sm_trie_free(struct sm_trie *t);
 
 /* The child of a node, or 0. */
 static inline uint32_t sm_trie_child(const struct sm_trie *t, uint32_t node, uint8_t byte) {
+    SM_WORK();
     if (node == 0) return t->root[byte];
     uint32_t first = t->first[node], n = t->first[node + 1] - first;
     if (n > 8) {

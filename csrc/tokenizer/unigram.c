@@ -114,6 +114,7 @@ static struct sm_str replace(const struct sm_charsmap *m, const char *s, size_t 
     if (m->n_units == 0) return out;
     uint32_t at = children_of(m, 0);
     for (size_t i = 0; i < n && s[i] != '\0'; i++) {
+        SM_WORK();
         uint32_t unit_at = at ^ (uint8_t)s[i];
         if (unit_at >= m->n_units || unit_label(m->units[unit_at]) != (uint8_t)s[i]) break;
         at = children_of(m, unit_at);

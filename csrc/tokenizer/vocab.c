@@ -20,6 +20,7 @@ size_t sm_hash_size(size_t n) {
 int32_t sm_words_find(const struct sm_words *w, uint64_t h, struct sm_str a, struct sm_str b) {
     h = sm_hash_mix(h);
     for (size_t i = h & w->mask; w->slots[i] != 0; i = (i + 1) & w->mask) {
+        SM_WORK();
         if ((w->slots[i] ^ h) >> 32 != 0) continue;
         uint32_t id = (uint32_t)w->slots[i] - 1;
         const struct sm_str *text = &w->text[id];

@@ -153,6 +153,7 @@ int sm_wordpiece_encode(struct sm_encode *e, const char *s, size_t n) {
     struct word w = {.e = e, .s = {' '}, .n = 1};
     size_t length;
     for (size_t i = 0; i < n; i += length) {
+        SM_WORK();
         uint32_t c = sm_utf8_decode((const uint8_t *)s + i, &length), parts[3] = {c};
         enum sm_char_class class = sm_char_class(c);
         bool control = class == SM_CHAR_OTHER || c == 0x0B || c == 0x0C || c == 0x85;
