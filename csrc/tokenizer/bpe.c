@@ -51,24 +51,40 @@ static int load_merges(struct sm_vocab_load *b) {
                        b->merges.n);
     if (!sm_grow(&b->list, &b->cap_list, b->merges.n, sizeof *b->list))
         return sm_vocab_no_memory(b, "merges");
+    struct merge_text {
+        struct sm_str x, y;
+        uint64_t left, right, both; /* hashes */
+    } ahead[SM_HASHES_AHEAD];
     for (size_t i = 0; i < b->merges.n && status == SMALLM_OK; i++) {
-        struct sm_str s = sm_gguf_array_string(&b->merges, i);
-        const char *space = s.n > 2 ? memchr(s.s + 1, ' ', s.n - 2) : NULL;
-        if (space == NULL)
-            return sm_fail(b->err, SMALLM_E_CORRUPT,
-                           "%s: %s, entry %zu is \"%s\", not two tokens with a space between",
-                           b->path, key, i, sm_vocab_show(b, 0, s));
-        struct sm_str x = {s.s, (size_t)(space - s.s)}, y = {space + 1, s.n - x.n - 1};
-        uint64_t hash = sm_hash_more(0, x.s, x.n);
-        int32_t left = sm_words_find(&b->raw, hash, x, nothing);
-        int32_t right = sm_words_get(&b->raw, y);
-        int32_t both = sm_words_find(&b->raw, sm_hash_more(hash, y.s, y.n), x, y);
+        size_t at = i % SM_HASHES_AHEAD;
+        for (size_t k = i; at == 0 && k < SM_MIN(i + SM_HASHES_AHEAD, b->merges.n); k++) {
+            struct sm_str s = sm_gguf_array_string(&b->merges, k);
+            const char *space = s.n > 2 ? memchr(s.s + 1, ' ', s.n - 2) : NULL;
+            if (space == NULL)
+                return sm_fail(b->err, SMALLM_E_CORRUPT,
+                               "%s: %s, entry %zu is \"%s\", not two tokens with a space between",
+                               b->path, key, k, sm_vocab_show(b, 0, s));
+            struct merge_text *m = &ahead[k - i];
+            m->x = (struct sm_str){s.s, (size_t)(space - s.s)};
+            m->y = (struct sm_str){space + 1, s.n - m->x.n - 1};
+            m->left = sm_hash_more(0, m->x.s, m->x.n);
+            m->right = sm_hash_more(0, m->y.s, m->y.n);
+            m->both = sm_hash_more(m->left, m->y.s, m->y.n);
+            sm_words_prefetch(&b->raw, m->left);
+            sm_words_prefetch(&b->raw, m->right);
+            sm_words_prefetch(&b->raw, m->both);
+        }
+        const struct merge_text *m = &ahead[at];
+        int32_t left = sm_words_find(&b->raw, m->left, m->x, nothing);
+        int32_t right = sm_words_find(&b->raw, m->right, m->y, nothing);
+        int32_t both = sm_words_find(&b->raw, m->both, m->x, m->y);
         if (left < 0 || right < 0 || both < 0)
             return sm_fail(b->err, SMALLM_E_CORRUPT,
                            "%s: %s, entry %zu is \"%s\", but %s is not a token", b->path, key, i,
-                           sm_vocab_show(b, 0, s), left < 0    ? "its first part"
-                                                   : right < 0 ? "its second part"
-                                                               : "what it makes");
+                           sm_vocab_show(b, 0, sm_gguf_array_string(&b->merges, i)),
+                           left < 0    ? "its first part"
+                           : right < 0 ? "its second part"
+                                       : "what it makes");
         status = add_merge(b, left, right, (uint32_t)i, both);
     }
     return status;
@@ -96,20 +112,35 @@ static int load_splits(struct sm_vocab_load *b) {
         uint32_t rank = score_rank(sm_gguf_array_float(&b->scores, (size_t)id));
         uint64_t whole = sm_hash_more(0, s.s, s.n), first = 0, power = 1; /* base^(bytes to come) */
         for (size_t i = 0; i < s.n; i++) power *= SM_HASH_BASE;
-        for (size_t i = 0, n; i < s.n; i += n) {
-            if (i > 0) {
-                struct sm_str x = {s.s, i}, y = {s.s + i, s.n - i};
-                int32_t left = sm_words_find(&b->raw, first, x, nothing), right = -1;
-                if (left >= 0) right = sm_words_find(&b->raw, whole - first * power, y, nothing);
-                if (right >= 0 && t->kinds[left] == SM_TOKEN_NORMAL &&
-                    t->kinds[right] == SM_TOKEN_NORMAL) {
-                    int status = add_merge(b, left, right, rank, id);
-                    if (status != SMALLM_OK) return status;
-                }
-            }
-            n = sm_utf8_length((uint8_t)s.s[i]);
+        struct split {
+            size_t at;
+            uint64_t left, right; /* hashes */
+        } ahead[SM_HASHES_AHEAD];
+        size_t n_ahead = 0;
+        for (size_t i = 0; i < s.n;) {
+            size_t n = sm_utf8_length((uint8_t)s.s[i]);
             first = sm_hash_more(first, s.s + i, n);
             for (size_t k = 0; k < n; k++) power *= inverse;
+            i += n;
+            if (i < s.n) {
+                ahead[n_ahead++] = (struct split){i, first, whole - first * power};
+                sm_words_prefetch(&b->raw, first);
+                sm_words_prefetch(&b->raw, whole - first * power);
+            }
+            if (i < s.n && n_ahead < SM_HASHES_AHEAD) continue;
+            for (size_t k = 0; k < n_ahead; k++) {
+                if (sm_words_lack(&b->raw, ahead[k].right) || sm_words_lack(&b->raw, ahead[k].left))
+                    continue;
+                struct sm_str x = {s.s, ahead[k].at}, y = {s.s + x.n, s.n - x.n};
+                int32_t left = sm_words_find(&b->raw, ahead[k].left, x, nothing);
+                int32_t right = sm_words_find(&b->raw, ahead[k].right, y, nothing);
+                if (left < 0 || right < 0 || t->kinds[left] != SM_TOKEN_NORMAL ||
+                    t->kinds[right] != SM_TOKEN_NORMAL)
+                    continue;
+                int status = add_merge(b, left, right, rank, id);
+                if (status != SMALLM_OK) return status;
+            }
+            n_ahead = 0;
         }
     }
     return SMALLM_OK;
@@ -124,6 +155,10 @@ static int build_pairs(struct sm_vocab_load *b) {
     t->pair_mask = size - 1;
     for (size_t k = 0; k < b->n_list; k++) {
         const struct sm_pair *p = &b->list[k];
+        if (k + SM_HASHES_AHEAD < b->n_list) {
+            const struct sm_pair *later = p + SM_HASHES_AHEAD;
+            SM_PREFETCH(&t->pairs[pair_hash(later->left, later->right) & t->pair_mask]);
+        }
         size_t i = pair_hash(p->left, p->right) & t->pair_mask;
         for (int probes = 0; t->pairs[i].left >= 0; i = (i + 1) & t->pair_mask) {
             if (t->pairs[i].left == p->left && t->pairs[i].right == p->right)
@@ -178,8 +213,10 @@ static int load_whole(struct sm_vocab_load *b) {
         return sm_vocab_no_memory(b, "tokens");
     for (int32_t id = 0; id < t->n_vocab; id++) {
         if (t->kinds[id] != SM_TOKEN_NORMAL || t->pieces[id].n == 0) continue;
-        if (sm_words_get(&t->whole, t->pieces[id]) >= 0) continue;
-        if (!sm_words_add(&t->whole, id)) return sm_vocab_collides(b, "tokens");
+        struct sm_str s = t->pieces[id];
+        uint64_t hash = sm_hash_more(0, s.s, s.n);
+        if (sm_words_find(&t->whole, hash, s, nothing) >= 0) continue;
+        if (!sm_words_add(&t->whole, hash, id)) return sm_vocab_collides(b, "tokens");
     }
     return SMALLM_OK;
 }

@@ -35,8 +35,8 @@ int32_t sm_words_get(const struct sm_words *w, struct sm_str s) {
     return sm_words_find(w, sm_hash_more(0, s.s, s.n), s, nothing);
 }
 
-bool sm_words_add(struct sm_words *w, int32_t id) {
-    uint64_t h = sm_hash_mix(sm_hash_more(0, w->text[id].s, w->text[id].n));
+bool sm_words_add(struct sm_words *w, uint64_t h, int32_t id) {
+    h = sm_hash_mix(h);
     size_t i = h & w->mask;
     for (int probes = 0; w->slots[i] != 0; i = (i + 1) & w->mask)
         if (++probes == SM_MAX_PROBES) return false;
@@ -122,7 +122,14 @@ static int load_tokens(struct sm_vocab_load *b) {
     t->ends = sm_calloc(b->tokens.n, sizeof *t->ends);
     if (t->kinds == NULL || t->ends == NULL || !sm_words_init(&b->raw, b->tokens.data, b->tokens.n))
         return sm_vocab_no_memory(b, "tokens");
+    uint64_t hashes[SM_HASHES_AHEAD];
     for (int32_t id = 0; id < t->n_vocab; id++) {
+        int32_t ahead = id % SM_HASHES_AHEAD;
+        for (int32_t k = 0; ahead == 0 && k < SM_HASHES_AHEAD && id + k < t->n_vocab; k++) {
+            struct sm_str s = sm_vocab_text(b, id + k);
+            hashes[k] = sm_hash_more(0, s.s, s.n);
+            sm_words_prefetch(&b->raw, hashes[k]);
+        }
         struct sm_str s = sm_vocab_text(b, id);
         int64_t kind = types.n > 0 ? sm_gguf_array_int(&types, (size_t)id) : SM_TOKEN_NORMAL;
         if (kind < SM_TOKEN_UNDEFINED || kind > SM_TOKEN_BYTE)
@@ -136,11 +143,11 @@ static int load_tokens(struct sm_vocab_load *b) {
                            "%s: token %d (\"%s\") is not UTF-8 at its byte %zu", b->path, (int)id,
                            sm_vocab_show(b, 0, sm_vocab_text(b, id)), bad);
         if (s.n == 0) continue;
-        int32_t same = sm_words_get(&b->raw, s);
+        int32_t same = sm_words_find(&b->raw, hashes[ahead], s, nothing);
         if (same >= 0)
             return sm_fail(b->err, SMALLM_E_CORRUPT, "%s: tokens %d and %d are both \"%s\"",
                            b->path, (int)same, (int)id, sm_vocab_show(b, 0, sm_vocab_text(b, id)));
-        if (!sm_words_add(&b->raw, id)) return sm_vocab_collides(b, "tokens");
+        if (!sm_words_add(&b->raw, hashes[ahead], id)) return sm_vocab_collides(b, "tokens");
     }
     return SMALLM_OK;
 }

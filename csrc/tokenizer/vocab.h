@@ -15,6 +15,12 @@
 
 #define SM_MAX_PROBES 256
 
+#if defined(__GNUC__)
+#define SM_PREFETCH(p) __builtin_prefetch(p)
+#else
+#define SM_PREFETCH(p) ((void)(p))
+#endif
+
 enum sm_token_kind { /* tokenizer.ggml.token_type */
     SM_TOKEN_UNDEFINED, SM_TOKEN_NORMAL, SM_TOKEN_UNKNOWN, SM_TOKEN_CONTROL, SM_TOKEN_USER,
     SM_TOKEN_UNUSED, SM_TOKEN_BYTE
@@ -48,8 +54,22 @@ bool sm_words_init(struct sm_words *w, const struct sm_str *text, size_t n);
 /* The token whose text is a followed by b and has this hash, or -1. */
 int32_t sm_words_find(const struct sm_words *w, uint64_t h, struct sm_str a, struct sm_str b);
 int32_t sm_words_get(const struct sm_words *w, struct sm_str s);
-/* Adds the id under its text, which is not in the table yet.  false: too many texts collide. */
-bool sm_words_add(struct sm_words *w, int32_t id);
+/* Adds the id under its text, which has this hash and is not in the table yet.  false: too many
+ * texts collide. */
+bool sm_words_add(struct sm_words *w, uint64_t h, int32_t id);
+
+/* A table of a large vocabulary is no cache's: loading computes some hashes ahead of their use. */
+static inline void sm_words_prefetch(const struct sm_words *w, uint64_t h) {
+    SM_PREFETCH(&w->slots[sm_hash_mix(h) & w->mask]);
+}
+#define SM_HASHES_AHEAD 32
+/* No text has this hash: far cheaper to know than which one has it. */
+static inline bool sm_words_lack(const struct sm_words *w, uint64_t h) {
+    h = sm_hash_mix(h);
+    size_t i = h & w->mask;
+    while (w->slots[i] != 0 && (w->slots[i] ^ h) >> 32 != 0) i = (i + 1) & w->mask;
+    return w->slots[i] == 0;
+}
 
 /* ---- the tokenizer -------------------------------------------------------------------------- */
 
