@@ -103,7 +103,7 @@ METADATA: list[tuple[str, Any, str]] = [
     ("general.architecture", "mamba", "general.architecture.*mamba.*llama"),
     ("general.architecture", "", "general.architecture"),
     ("tokenizer.ggml.model", None, ""),
-    ("tokenizer.ggml.model", "bert", "tokenizer.ggml.model.*bert"),
+    ("tokenizer.ggml.model", "rwkv", "tokenizer.ggml.model.*rwkv"),
     ("tokenizer.ggml.tokens", None, ""),
     ("tokenizer.ggml.tokens", ["a", "b"], r"tokenizer\.ggml|token_embd\.weight"),
     ("tokenizer.ggml.scores", None, ""),
