@@ -179,7 +179,8 @@ def from_hub(name: str, report: Progress) -> tuple[list[File], str, str]:
     return files, title, license_of(tags)
 
 
-CHECKPOINT = re.compile(r"[^/]+\.(?:safetensors|json|model|jinja)")
+# Not every .safetensors file: some repositories hold the same weights under other names, too.
+CHECKPOINT = re.compile(r"model[^/]*\.safetensors|[^/]+\.(?:json|model|jinja)")
 
 
 def checkpoint_from_hub(name: str, report: Progress) -> Path:

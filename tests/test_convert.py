@@ -385,6 +385,42 @@ def test_without_the_extra(
         convert(folder, tmp_path / "m.gguf")
 
 
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a JSON value has values."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    found = []
+    for key, item in inner:
+        found.append((*at, key))
+        if isinstance(item, (dict, list)) and len(item) < 50:
+            found += places(item, (*at, key))
+    return found
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_any_value_may_be_wrong(folder: Path, tmp_path: Path, name: str) -> None:
+    """Each value replaced in turn: a file that loads or is refused, or a clear error."""
+    path, out = folder / name, tmp_path / "m.gguf"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    values = (None, -1, 1 << 70, 1e999, "x", [], {}, [None], {"a": 3})
+    refused = 0
+    for i, place in enumerate(places(whole)):
+        for bad in values if len(place) == 1 else (values[i % len(values)],):
+            broken = json.loads(json.dumps(whole))
+            target = broken
+            for key in place[:-1]:
+                target = target[key]
+            target[place[-1]] = bad
+            path.write_text(json.dumps(broken), encoding="utf-8")
+            try:
+                convert(folder, out, progress=False)
+                smallm.load(out).close()
+            except smallm.SmallmError as error:
+                refused += 1
+                text = str(error)
+                assert str(folder) in text or out.name in text or "would" in text, text
+    assert refused > 0
+
+
 # ---- the hub -------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .._errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
+
+MAX_LAYERS = 1024
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,6 +24,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptModelError(f"{path}: a JSON object is wanted, not a {type(value).__name__}")
     return value
+
+
+@contextmanager
+def judged(path: Path) -> Iterator[None]:
+    """Whatever a value of a wrong kind does to those who read it is a CorruptModelError of the file
+    it came from."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        raise CorruptModelError(
+            f"{path}: a value is missing or not of the kind it should be: {error!r}"
+        ) from error
 
 
 class Config:
@@ -72,4 +87,9 @@ class Config:
 
     @property
     def n_layer(self) -> int:
-        return self.integer("num_hidden_layers", "n_layer", "num_layers")
+        n = self.integer("num_hidden_layers", "n_layer", "num_layers")
+        if not 1 <= n <= MAX_LAYERS:
+            raise CorruptModelError(
+                f"{self.path}: num_hidden_layers is {n}; allowed are 1 to {MAX_LAYERS}"
+            )
+        return n

@@ -28,7 +28,7 @@ from .._errors import (
     UnsupportedModelError,
 )
 from ._checkpoint import Tensor, open_checkpoint
-from ._config import Config, read_json
+from ._config import Config, judged, read_json
 from ._families import DROPPED, Array, Family, Keys, Piece, find
 from ._tokenizer import read_tokenizer
 
@@ -133,14 +133,17 @@ def convert(
     if not target.parent.is_dir():
         raise ModelNotFoundError(f"{target.parent}: no such folder")
     config = Config(folder / "config.json", read_json(folder / "config.json"))
-    family = find(config)
-    tensors = plan(config, family, open_checkpoint(folder), type.upper())
-    table = next(t for t in tensors if t.name == "token_embd.weight")
+    checkpoint = open_checkpoint(folder)
     name = source.rsplit("/", 1)[-1] if _is_remote(source) else folder.resolve().name
     keys = _general(name, folder)
-    for read in family.keys:
-        keys |= {f"{family.arch}.{key}": value for key, value in read(config).items()}
-    keys |= read_tokenizer(folder, config, table.shape[0])
+    with judged(config.path):
+        family = find(config)
+        for read in family.keys:
+            keys |= {f"{family.arch}.{key}": value for key, value in read(config).items()}
+        tensors = plan(config, family, checkpoint, type.upper())
+    table = next(t for t in tensors if t.name == "token_embd.weight")
+    with judged(folder / "tokenizer.json"):
+        keys |= read_tokenizer(folder, config, table.shape[0])
     with _shown(target.name, progress) as report:
         _write(target, family.arch, keys, tensors, type.upper(), report)
     return target
@@ -328,22 +331,36 @@ def _type_of(
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def _kind(value: Any) -> tuple[Any, Any, Any]:
-    """Value, kind and kind of elements, as llama.cpp's files have them."""
+def _scalar(key: str, value: Any) -> gguf.GGUFValueType:
+    """The kind that llama.cpp's files give a value.  CorruptModelError: none has room for it."""
+    from gguf import GGUFValueType as Kind
+
+    if isinstance(value, bool):
+        return Kind.BOOL
+    if isinstance(value, int) and -(1 << 31) <= value < 1 << 32:
+        return Kind.UINT32 if value >= 0 else Kind.INT32
+    if isinstance(value, float) and abs(value) <= np.finfo(np.float32).max:
+        return Kind.FLOAT32
+    if isinstance(value, str):
+        return Kind.STRING
+    raise CorruptModelError(f"{key} would be {value!r}, which a GGUF file has no room for")
+
+
+def _kind(key: str, value: Any) -> tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]:
+    """Value, its kind and that of its elements, for GGUFWriter."""
     from gguf import GGUFValueType as Kind
 
     if isinstance(value, np.ndarray):
         kinds = {"i": Kind.INT32, "f": Kind.FLOAT32, "b": Kind.BOOL}
         return value.tolist(), Kind.ARRAY, kinds[value.dtype.kind]
     if isinstance(value, bytes):
-        return value, Kind.ARRAY, None
+        return value, Kind.ARRAY, Kind.UINT8
     if isinstance(value, (list, tuple)):
-        return list(value), Kind.ARRAY, _kind(value[0])[1]
-    if isinstance(value, bool):
-        return value, Kind.BOOL, None
-    if isinstance(value, int):
-        return value, Kind.UINT32 if value >= 0 else Kind.INT32, None
-    return value, Kind.FLOAT32 if isinstance(value, float) else Kind.STRING, None
+        inner = {_scalar(key, item) for item in value} or {Kind.STRING}
+        if len(inner) > 1:
+            raise CorruptModelError(f"{key} would have elements of several kinds")
+        return list(value), Kind.ARRAY, inner.pop()
+    return value, _scalar(key, value), None
 
 
 def _encode(values: Array, target: Target) -> Array:
@@ -369,10 +386,10 @@ def _write(
 ) -> None:
     import gguf
 
+    kinds = {key: _kind(key, value) for key, value in keys.items()}
     with whole_file(path, arch) as writer:
-        for key, value in keys.items():
-            value, kind, sub = _kind(value)
-            writer.add_key_value(key, value, kind, sub_type=sub)
+        for key, (value, kind, inner) in kinds.items():
+            writer.add_key_value(key, value, kind, sub_type=inner)
         writer.add_file_type(_file_type(type_name))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_tensors(

@@ -11,7 +11,8 @@ To add one:
 4. `rules`: tensors that need more than a new name.  A rule is a pattern of the whole name in the
    checkpoint and a function from the match and the config to `Piece`s: what goes where.  No pieces
    drop the tensor.  All other names are looked up in the gguf package's map of the architecture;
-5. a golden (tests/golden/cases), which converts a folder of it and compares logits.
+5. `uniform=False` where layers differ in their tensors, `extra` for tensors made from the config;
+6. a golden (tests/golden/cases), which converts a folder of it and compares logits.
 
 Nothing here reads weights or writes files.
 """

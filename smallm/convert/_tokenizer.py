@@ -134,12 +134,9 @@ def read_tokenizer(folder: Path, config: Config, n_vocab: int) -> Keys:
             f"{folder}: neither tokenizer.json nor {' nor '.join(MODEL_FILES)} is here"
         )
     added = _added(folder, data, options)
-    try:
-        keys, rows = _read_model(path, data, pieces)
-        tokens = _fill(pieces if pieces and not data else path, keys, rows, added, n_vocab)
-        keys |= _adds(path, data, options, tokens)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptModelError(f"{path}: not a tokenizer: {error!r}") from None
+    keys, rows = _read_model(path, data, pieces)
+    tokens = _fill(pieces if pieces and not data else path, keys, rows, added, n_vocab)
+    keys |= _adds(path, data, options, tokens)
     return keys | _special_ids(folder, options, config, keys, tokens) | _templates(folder, options)
 
 
