@@ -815,7 +815,12 @@ def test_keys_and_names_are_llama_cpp_s(name: str, tmp_path: Path) -> None:
         assert stem in names, tensor
 
 
-@pytest.mark.parametrize("name", goldens.names())
+# What llama.cpp takes from a known model's size rather than from the file (scales and patterns of
+# layers) these small models have otherwise.
+OTHERWISE = ("command-r", "exaone4", "gemma2", "gemma3")
+
+
+@pytest.mark.parametrize("name", [name for name in goldens.names() if name not in OTHERWISE])
 def test_llama_cpp_reads_the_files(name: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="the package llama-cpp-python is not installed"
