@@ -13,6 +13,7 @@
 #endif
 
 #define N_TOKENS 5
+#define ADAPTER "check_alloc.adapter.gguf" /* written where the test runs, and removed */
 #define MAX_STEPS 100000
 
 static int n_failed;
@@ -40,8 +41,47 @@ static void judge(int rc, const smallm_error *err, const char *what, long step) 
     CHECK(err->code == rc && err->message[0] != 0, "%s, allocation %ld: no message", what, step);
 }
 
-static int generate(smallm_engine *engine, const int32_t *tokens, size_t n_tokens, float *logits,
-                    struct answer *out, smallm_error *err) {
+static void put_int(FILE *f, uint64_t value, size_t n_bytes) { fwrite(&value, n_bytes, 1, f); }
+
+static void put_text(FILE *f, const char *text) {
+    put_int(f, strlen(text), 8);
+    fwrite(text, strlen(text), 1, f);
+}
+
+/* A GGUF adapter of rank 4 for one matrix [rows][k] of a llama model. */
+static bool write_adapter(const char *path, size_t rows, size_t k) {
+    static const char *const keys[][2] = {
+        {"general.architecture", "llama"}, {"general.type", "adapter"}, {"adapter.type", "lora"}};
+    enum { KIND_STRING = 8, ALIGNMENT = 32, RANK = 4 };
+    FILE *f = fopen(path, "wb");
+    if (!f) return false;
+    fwrite("GGUF", 4, 1, f);
+    put_int(f, 3, 4);
+    put_int(f, 2, 8);
+    put_int(f, SM_COUNT(keys), 8);
+    for (size_t i = 0; i < SM_COUNT(keys); i++) {
+        put_text(f, keys[i][0]);
+        put_int(f, KIND_STRING, 4);
+        put_text(f, keys[i][1]);
+    }
+    for (int b = 0; b < 2; b++) {
+        put_text(f, b ? "blk.0.attn_q.weight.lora_b" : "blk.0.attn_q.weight.lora_a");
+        put_int(f, 2, 4);
+        put_int(f, b ? RANK : k, 8);
+        put_int(f, b ? rows : RANK, 8);
+        put_int(f, 0, 4); /* F32 */
+        put_int(f, b ? k * RANK * sizeof(float) : 0, 8);
+    }
+    while (ftell(f) % ALIGNMENT != 0) put_int(f, 0, 1);
+    for (size_t i = 0; i < (rows + k) * RANK; i++) {
+        float value = (float)(i % 7) - 3;
+        fwrite(&value, sizeof value, 1, f);
+    }
+    return fclose(f) == 0;
+}
+
+static int generate(smallm_engine *engine, smallm_adapter *adapter, const int32_t *tokens,
+                    size_t n_tokens, float *logits, struct answer *out, smallm_error *err) {
     const char *stop[] = {"no text has this", "\xF0\x9F\xA6\x99\xF0\x9F\xA6\x99"};
     const size_t stop_len[] = {16, 8};
     const int32_t bias_ids[] = {3};
@@ -64,7 +104,8 @@ static int generate(smallm_engine *engine, const int32_t *tokens, size_t n_token
                                .stop = stop,
                                .stop_len = stop_len,
                                .n_stop = 2,
-                               .logits = logits};
+                               .logits = logits,
+                               .adapter = adapter};
     smallm_request *request = NULL;
     smallm_chunk chunk = {.size = sizeof chunk};
     *out = (struct answer){.n = 0};
@@ -82,11 +123,12 @@ static int generate(smallm_engine *engine, const int32_t *tokens, size_t n_token
     return rc == SMALLM_DONE ? SMALLM_OK : rc;
 }
 
-/* The whole way; *what names the call that failed. */
-static int go(const char *path, struct answer *out, const char **what, smallm_error *err) {
+/* The whole way; *what names the call that failed.  out[0]: the model's answer; out[1]: with an adapter. */
+static int go(const char *path, struct answer out[2], const char **what, smallm_error *err) {
     const char *text = "Once upon a time, \xC3\xA9t\xC3\xA9 2024";
     smallm_model *model = NULL;
     smallm_engine *engine = NULL;
+    smallm_adapter *adapter = NULL;
     float *logits = NULL;
     int32_t ids[64];
     size_t n_ids = 0, n_text = 0;
@@ -113,13 +155,21 @@ static int go(const char *path, struct answer *out, const char **what, smallm_er
     smallm_model_info info = {.size = sizeof info};
     smallm_model_get_info(model, &info, NULL);
     logits = malloc(n_ids * (size_t)info.n_vocab * sizeof *logits);
-    rc = generate(engine, ids, n_ids, logits, &first, err);
+    rc = generate(engine, NULL, ids, n_ids, logits, &first, err);
     if (rc != SMALLM_OK) goto done;
     *what = "generate from the cache";
-    rc = generate(engine, ids, n_ids, NULL, out, err);
+    rc = generate(engine, NULL, ids, n_ids, NULL, &out[0], err);
     if (rc != SMALLM_OK) goto done;
-    CHECK(memcmp(&first, out, sizeof first) == 0, "cached and fresh answers differ");
+    CHECK(memcmp(&first, &out[0], sizeof first) == 0, "cached and fresh answers differ");
+    *what = "smallm_adapter_open";
+    rc = smallm_adapter_open(model, ADAPTER, NULL, &adapter, err);
+    if (rc != SMALLM_OK) goto done;
+    *what = "generate with an adapter";
+    rc = generate(engine, adapter, ids, n_ids, NULL, &out[1], err);
+    if (rc != SMALLM_OK) goto done;
+    CHECK(memcmp(&first, &out[1], sizeof first) != 0, "the adapter changed nothing");
 done:
+    smallm_adapter_free(adapter);
     smallm_engine_close(engine);
     smallm_model_free(model);
     free(logits);
@@ -137,25 +187,29 @@ int main(int argc, char **argv) {
         printf("check_alloc: skipped: needs a model: pass a GGUF path\n");
         return 0;
     }
-    static struct answer expected, got;
+    static struct answer expected[2], got[2];
     smallm_error err = {.size = sizeof err};
     const char *what = "";
     sm_test_fail_alloc(0);
-    if (go(path, &expected, &what, &err) != SMALLM_OK) {
+    if (!write_adapter(ADAPTER, 64, 64)) {
+        printf("check_alloc: cannot write %s\n", ADAPTER);
+        return 1;
+    }
+    if (go(path, expected, &what, &err) != SMALLM_OK) {
         printf("check_alloc: %s: %s\n", what, err.message);
         return 1;
     }
-    CHECK(expected.n > 0, "no token");
+    CHECK(expected[0].n > 0, "no token");
     long step = 1, n_refused = 0;
     for (; step < MAX_STEPS && n_failed < 20; step++) {
         err.code = 0;
         err.message[0] = 0;
         sm_test_fail_alloc(step);
-        int rc = go(path, &got, &what, &err);
+        int rc = go(path, got, &what, &err);
         long count = sm_test_alloc_count();
         sm_test_fail_alloc(0);
         if (rc == SMALLM_OK) {
-            CHECK(memcmp(&expected, &got, sizeof got) == 0, "allocation %ld: another answer", step);
+            CHECK(memcmp(expected, got, sizeof got) == 0, "allocation %ld: another answer", step);
             if (count < step) break; /* none was left to fail */
         } else {
             n_refused++;
@@ -164,8 +218,9 @@ int main(int argc, char **argv) {
     }
     CHECK(step < MAX_STEPS, "no end of allocations");
     CHECK(n_refused > 50, "only %ld of %ld allocations mattered", n_refused, step - 1);
-    CHECK(go(path, &got, &what, &err) == SMALLM_OK, "%s: %s", what, err.message);
-    CHECK(memcmp(&expected, &got, sizeof got) == 0, "another answer in the end");
+    CHECK(go(path, got, &what, &err) == SMALLM_OK, "%s: %s", what, err.message);
+    CHECK(memcmp(expected, got, sizeof got) == 0, "another answer in the end");
+    remove(ADAPTER);
     printf("check_alloc: %s (%ld allocations, %ld refused)\n", n_failed ? "FAILED" : "ok", step - 1,
            n_refused);
     return n_failed != 0;
