@@ -251,8 +251,8 @@ typedef struct smallm_request_params {
     smallm_adapter *adapter; /* of the engine's model, or NULL: the model alone */
 } smallm_request_params;
 
-/* Everything in `params` but `logits` is copied, and the adapter is held.  *out is the caller's, to be freed with
- * smallm_request_free.  SMALLM_E_CONTEXT: the prompt alone exceeds n_ctx. */
+/* Everything in `params` but `logits` is copied, and the adapter is held.  *out is the caller's, to be
+ * freed with smallm_request_free.  SMALLM_E_CONTEXT: the prompt alone exceeds n_ctx. */
 int smallm_engine_submit(smallm_engine *engine, const smallm_request_params *params,
                          smallm_request **out, smallm_error *err);
 
