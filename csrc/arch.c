@@ -123,22 +123,35 @@ static void refuse(struct reader *r, const char *key, const char *found, const c
                             sm_gguf_path(r->g), key, found, allowed);
 }
 
-/* rope.scaling.*: none or linear; Llama 3's factors are a tensor, not a key. */
-static double read_rope_scale(struct reader *r) {
+/* rope.scaling.*: none, linear or yarn; Llama 3's factors are a tensor, not a key. */
+static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     struct sm_str type = {"none", 4};
     bool found = false;
+    h->rope_scale[0] = 1;
     if (r->status == SMALLM_OK)
         r->status = sm_gguf_get_string(r->g, full_key(r, "rope.scaling.type"), &type, &found, r->err);
-    if (r->status != SMALLM_OK) return 1;
+    if (r->status != SMALLM_OK) return;
     bool linear = type.n == 6 && memcmp(type.s, "linear", 6) == 0;
-    if (!linear && !(type.n == 4 && memcmp(type.s, "none", 4) == 0)) {
+    h->yarn.used = type.n == 4 && memcmp(type.s, "yarn", 4) == 0;
+    if (!linear && !h->yarn.used && !(type.n == 4 && memcmp(type.s, "none", 4) == 0)) {
         char shown[32];
-        refuse(r, r->key, sm_printable(shown, sizeof shown, type.s, type.n), "none and linear");
-        return 1;
+        refuse(r, r->key, sm_printable(shown, sizeof shown, type.s, type.n), "none, linear and yarn");
+        return;
     }
     double factor = read_float(r, "rope.scale_linear", 1, 0, 1e6); /* the key's name before 2024 */
     factor = read_float(r, "rope.scaling.factor", factor, 0, 1e6);
-    return linear || !found ? 1 / factor : 1;
+    if (linear || h->yarn.used || !found) h->rope_scale[0] = 1 / factor;
+    if (!h->yarn.used) return;
+    if (r->arch->local_base != 0) refuse(r, r->key, "yarn", "none and linear in this architecture");
+    h->yarn.context = read_int(r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
+    h->yarn.fast = read_float(r, "rope.scaling.yarn_beta_fast", 32, 0, 1e6);
+    h->yarn.slow = read_float(r, "rope.scaling.yarn_beta_slow", 1, 0, 1e6);
+    h->yarn.magnitude = read_float(r, "rope.scaling.attn_factor", 1, 0, 1e3) *
+                        read_float(r, "rope.scaling.yarn_attn_factor", 1, 0, 1e3);
+    if (read_float(r, "rope.scaling.yarn_ext_factor", 1, -1e6, 1e6) != 1)
+        refuse(r, r->key, "not 1", "1");
+    if (read_float(r, "rope.scaling.yarn_log_multiplier", 0, -1e6, 1e6) != 0)
+        refuse(r, r->key, "not 0", "0");
 }
 
 /* expert_*: how many, how large, how they are chosen. */
@@ -208,7 +221,6 @@ static void read_scales(struct reader *r, struct sm_hparams *h) {
 /* Keys of steps that this version does not run: 0 where they are there. */
 static const char *const steps_not_run[] = {
     "attention.clamp_kqv", "attention.temperature_scale", "router_logit_softcapping",
-    "rope.scaling.yarn_log_multiplier",
 };
 
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
@@ -227,7 +239,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
                                                                   : "attention.layer_norm_epsilon",
                                     NAN, 0, 0.1);
     h->rope_base[0] = read_float(&r, "rope.freq_base", 10000, 1, 1e12);
-    h->rope_scale[0] = read_rope_scale(&r);
+    read_rope_scaling(&r, h);
     double local_base = arch->local_base != 0 ? arch->local_base : h->rope_base[0];
     h->rope_base[1] = read_float(&r, "rope.freq_base_swa", local_base, 1, 1e12);
     h->rope_scale[1] = arch->local_base != 0 ? 1 : h->rope_scale[0];

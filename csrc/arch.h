@@ -62,6 +62,7 @@ struct sm_arch {
     enum sm_ffn_kind ffn;
     enum sm_bias_rule bias;
     enum sm_router_kind router;
+    bool yarn_exact;  /* where yarn begins and ends mixing is not rounded to whole pairs */
     bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
     enum sm_parallel parallel;
     int window;         /* of files that do not name theirs; 0: none */
@@ -74,6 +75,14 @@ struct sm_arch {
     bool divided_logits;    /* by logit_scale, where others are multiplied */
     double attn_cap, logit_cap; /* soft caps of files that do not name theirs; 0: none */
     int wide_layers;    /* models of so many layers scale scores by (n_embd / n_head)^(-1/2) */
+};
+
+/* The rope scaling "yarn": pairs that turn less than `slow` times within the original context turn
+ * by rope_scale, those that turn more than `fast` times as they did, between them both are mixed. */
+struct sm_yarn {
+    bool used;
+    double context, fast, slow;
+    double magnitude;  /* of cos and sin, times 1 - 0.1 log(rope_scale) */
 };
 
 #define SM_LAYERS_MAX 1024
@@ -93,6 +102,7 @@ struct sm_hparams {
      * Pair i turns by position * rope_scale / factor[i] * base^(-2 i / n_rot). */
     int n_rope;         /* 1 or 2 */
     double rope_base[2], rope_scale[2];
+    struct sm_yarn yarn;
     float attn_scale;   /* of scores */
     float attn_cap, logit_cap; /* soft caps of scores and logits; 0: none */
     float embed_scale, residual_scale, logit_scale; /* of embeddings, what layers add to x, logits */

@@ -8,7 +8,8 @@
 
 #define TOKENS_PER_ITEM 8
 
-/* x_t = scale E[token_t];  (cos, sin)_t[i] of the angle position_t * freq_i, for each table of them */
+/* x_t = scale E[token_t];  (cos, sin)_t[i] of the angle position_t * freq_i, by yarn's magnitude, for
+ * each table of angles */
 static void embed_tokens(void *context, size_t item, void *scratch, float *local) {
     const struct sm_pass *p = context;
     const struct sm_model *m = p->model;
@@ -24,8 +25,8 @@ static void embed_tokens(void *context, size_t item, void *scratch, float *local
         for (size_t i = 0; i < n_angles; i++) {
             double s, c;
             sm_sincos(p->batch->positions[t] * m->rope_freqs[i], &s, &c);
-            p->buffers->cos[t * n_angles + i] = (float)c;
-            p->buffers->sin[t * n_angles + i] = (float)s;
+            p->buffers->cos[t * n_angles + i] = (float)(m->rope_magnitude * c);
+            p->buffers->sin[t * n_angles + i] = (float)(m->rope_magnitude * s);
         }
     }
 }

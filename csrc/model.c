@@ -5,6 +5,7 @@
  * time, so the peak is the packed size and little more. */
 #include "model.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 
@@ -13,6 +14,7 @@
 #include "os.h"
 #include "threads.h"
 
+#define PI 3.14159265358979323846
 #define READ_BYTES ((size_t)1 << 18) /* stays in a core's cache between reading and packing */
 
 enum need {
@@ -452,6 +454,25 @@ static void describe(const struct loader *l) {
 
 /* ---- opening --------------------------------------------------------------------------------------------- */
 
+/* What the file's scaling makes of pair i's frequency in a table of angles.  yarn's `begin` and `end`
+ * are the pairs that turn `fast` and `slow` times within the original context. */
+static double scale_rope(const struct sm_model *m, int table, int i) {
+    const struct sm_hparams *h = &m->h;
+    if (!h->yarn.used) return h->rope_scale[table];
+    const double pairs = h->n_rot / (2 * sm_log(h->rope_base[table])), turn = 2 * PI;
+    double begin = pairs * sm_log(h->yarn.context / (h->yarn.fast * turn));
+    double end = pairs * sm_log(h->yarn.context / (h->yarn.slow * turn));
+    if (!m->arch->yarn_exact) {
+        begin = floor(begin);
+        end = ceil(end);
+    }
+    begin = SM_MAX(begin, 0);
+    end = SM_MIN(end, h->n_rot - 1);
+    if (end == begin) end += 0.001;
+    double mixed = SM_MIN(SM_MAX((i - begin) / (end - begin), 0), 1);
+    return mixed * h->rope_scale[table] + (1 - mixed);
+}
+
 static int make_rope_freqs(struct loader *l, const float *factors) {
     struct sm_model *m = l->m;
     int n = m->h.n_rot / 2;
@@ -466,8 +487,11 @@ static int make_rope_freqs(struct loader *l, const float *factors) {
                            sm_gguf_path(l->g), i, factor);
         for (int t = 0; t < m->h.n_rope; t++)
             m->rope_freqs[t * n + i] =
-                m->h.rope_scale[t] / factor * sm_pow(m->h.rope_base[t], -2.0 * i / m->h.n_rot);
+                scale_rope(m, t, i) / factor * sm_pow(m->h.rope_base[t], -2.0 * i / m->h.n_rot);
     }
+    m->rope_magnitude = 1;
+    if (m->h.yarn.used)
+        m->rope_magnitude = m->h.yarn.magnitude * (1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1)));
     return SMALLM_OK;
 }
 

@@ -55,6 +55,7 @@ struct sm_model {
     float *output_norm;            /* [n_embd] */
     float *output_norm_b;          /* [n_embd] or NULL */
     double *rope_freqs;            /* [n_rope][n_rot / 2] radians per position */
+    double rope_magnitude;         /* of their cos and sin */
     float *slopes;                 /* [n_head] of ALiBi, or NULL */
     const struct sm_tensor_info *embeddings; /* untied: rows are read from the file; else NULL */
     struct sm_gguf *file;          /* open where `embeddings` is not NULL */

@@ -142,6 +142,10 @@ OTHER_VALUES = {
     "rope.freq_base": 1e6,
     "rope.dimension_count": 4,
     "rope.scaling.factor": 1.5,
+    "rope.scaling.original_context_length": 512,
+    "rope.scaling.yarn_beta_fast": 20.0,
+    "rope.scaling.yarn_beta_slow": 0.01,
+    "rope.scaling.yarn_attn_factor": 2.0,
     "attention.layer_norm_epsilon": 0.05,
     "attention.layer_norm_rms_epsilon": 0.05,
     "attention.sliding_window": 90,
@@ -151,6 +155,7 @@ OTHER_VALUES = {
     "embedding_scale": 2.0,
     "residual_scale": 1.5,
     "logit_scale": 0.5,
+    "expert_used_count": 2,
 }
 
 
@@ -468,6 +473,45 @@ def test_keys_are_judged_in_every_architecture(
     assert key in message or re.search(r"token_embd|ffn_", message), message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("yarn_ext_factor", 0.5),
+        ("yarn_log_multiplier", 0.1),
+        ("yarn_beta_fast", 0.0),
+        ("yarn_attn_factor", NAN),
+        ("original_context_length", 0),
+    ],
+)
+def test_yarn_is_judged(
+    convert_golden: Callable[[str], Golden], tmp_path: Path, key: str, value: Any
+) -> None:
+    golden = convert_golden("qwen2-yarn")
+    key = f"rope.scaling.{key}"
+    assert key in refusal(golden.change(tmp_path / "m.gguf", keys={key: value}))
+
+
+def test_yarn_of_a_checkpoint(convert_golden: Callable[[str], Golden], tmp_path: Path) -> None:
+    """What has no key is refused; a magnitude may be given by its logarithms."""
+    spec = convert_golden("qwen2-yarn").spec
+
+    def converted(**rope: Any) -> Path:
+        rope = spec["config"]["rope_parameters"] | rope
+        changed = spec | {"config": spec["config"] | {"rope_parameters": rope}}
+        folder = goldens.write_folder(changed, "qwen2-yarn", tmp_path / "folder")
+        return smallm.convert.convert(folder, tmp_path / "m.gguf", type="f32", progress=False)
+
+    with pytest.raises(smallm.UnsupportedModelError, match="truncate False"):
+        converted(truncate=False)
+    with pytest.raises(smallm.CorruptModelError, match="original_max_position_embeddings"):
+        converted(original_max_position_embeddings=None)
+    ids = convert_golden("qwen2-yarn").ids
+    magnitude = (1 + 0.2 * np.log(4)) / (1 + 0.05 * np.log(4))
+    a = compute(converted(attention_factor=None, mscale=2.0, mscale_all_dim=0.5), ids)
+    b = compute(converted(attention_factor=float(magnitude)), ids)
+    assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
 # ---- the folders are what is published -----------------------------------------------------------
 
 
@@ -475,7 +519,7 @@ def test_configs_from_before_transformers_5(
     convert_golden: Callable[[str], Golden], tmp_path: Path
 ) -> None:
     """rope_theta and rope_scaling in place of rope_parameters: the same file."""
-    for name in ("llama-3.1", "llama-linear", "phi2"):
+    for name in ("llama-3.1", "llama-linear", "phi2", "qwen2-yarn"):
         golden = convert_golden(name)
         spec = json.loads(json.dumps(golden.spec))
         rope = spec["config"].pop("rope_parameters")

@@ -185,7 +185,7 @@ def rope_parameters(c: Config) -> dict[str, Any]:
     return parameters
 
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope_number(c: Config, parameters: Mapping[str, Any], name: str) -> float:
@@ -198,7 +198,39 @@ def rope_number(c: Config, parameters: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def rope(c: Config) -> Keys:
+def yarn(c: Config, p: dict[str, Any], rounded: bool) -> Keys:
+    """yarn's keys.  Readers multiply cos and sin by 1 + 0.1 log(factor) themselves, and by
+    yarn_attn_factor.  rounded: mixing begins and ends at whole pairs, which has no key."""
+
+    def magnitude(mscale: float = 1.0) -> float:
+        return 1.0 + 0.1 * mscale * math.log(factor) if factor > 1 else 1.0
+
+    if bool(p.get("truncate", True)) is not rounded:
+        raise UnsupportedModelError(
+            f"{c.path}: the rope scaling has truncate {p.get('truncate', True)}; with this "
+            f"architecture this version takes {rounded}"
+        )
+    factor = rope_number(c, p, "factor")
+    context = int(rope_number(c, p, "original_max_position_embeddings"))
+    wanted = None
+    if p.get("attention_factor") is not None:
+        wanted = rope_number(c, p, "attention_factor")
+    elif p.get("mscale") and p.get("mscale_all_dim"):
+        wanted = magnitude(rope_number(c, p, "mscale"))
+        wanted /= magnitude(rope_number(c, p, "mscale_all_dim"))
+    keys: Keys = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": context,
+        "rope.scaling.yarn_beta_fast": float(p.get("beta_fast") or 32),
+        "rope.scaling.yarn_beta_slow": float(p.get("beta_slow") or 1),
+    }
+    if wanted is not None:
+        keys["rope.scaling.yarn_attn_factor"] = wanted / magnitude()
+    return keys
+
+
+def rope(c: Config, rounded: bool = True) -> Keys:
     """Base, turned dimensions and scaling.  llama3's factors are a tensor: see `rope_factors`."""
     parameters = rope_parameters(c)
     kind = parameters["rope_type"]
@@ -216,6 +248,8 @@ def rope(c: Config) -> Keys:
             "rope.scaling.type": "linear",
             "rope.scaling.factor": rope_number(c, parameters, "factor"),
         }
+    elif kind == "yarn":
+        keys |= yarn(c, parameters, rounded)
     return keys
 
 
