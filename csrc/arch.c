@@ -36,6 +36,15 @@ static const struct sm_arch archs[] = {
      .parallel = SM_PARALLEL_SHARED},
     {.name = "qwen2moe", .models = "Qwen1.5-MoE, Qwen2-MoE", .rope = SM_ROPE_HALVES,
      .bias = SM_BIAS_QKV, .router = SM_ROUTER_ALL, .shared_gate = true},
+    {.name = "qwen3moe", .models = "Qwen3-30B-A3B and others with experts", .rope = SM_ROPE_HALVES,
+     .qk_norm = SM_QK_NORM_HEAD, .router = SM_ROUTER_CHOSEN},
+    {.name = "olmoe", .models = "OLMoE", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_ROW,
+     .router = SM_ROUTER_ALL},
+    {.name = "granitemoe", .models = "Granite 3 with experts", .rope = SM_ROPE_PAIRS,
+     .divided_logits = true, .router = SM_ROUTER_CHOSEN},
+    {.name = "gpt-oss", .models = "gpt-oss", .rope = SM_ROPE_HALVES, .yarn_exact = true,
+     .window_period = 2, .sinks = true, .ffn_norm = "post_attention_norm.weight",
+     .ffn = SM_FFN_SWIGLU_CLAMPED, .bias = SM_BIAS_LAYERS, .router = SM_ROUTER_CHOSEN},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -156,9 +165,10 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
 
 /* expert_*: how many, how large, how they are chosen. */
 static void read_experts(struct reader *r, struct sm_hparams *h) {
-    h->n_expert = read_int(r, "expert_count", 0, 0, SM_EXPERTS_MAX);
+    bool has_router = r->arch->router != SM_ROUTER_NONE;
+    h->n_expert = read_int(r, "expert_count", has_router ? NO_DEFAULT : 0, has_router, SM_EXPERTS_MAX);
     if (h->n_expert == 0) return;
-    if (r->arch->router == SM_ROUTER_NONE)
+    if (!has_router)
         refuse(r, full_key(r, "expert_count"), "not 0", "this architecture without experts");
     h->n_used = read_int(r, "expert_used_count", NO_DEFAULT, 1, SM_MIN(h->n_expert, SM_USED_MAX));
     h->n_ff_expert = read_int(r, "expert_feed_forward_length", h->n_ff, 1, 1 << 18);

@@ -31,6 +31,7 @@ enum sm_qk_norm {
 
 enum sm_ffn_kind {
     SM_FFN_SWIGLU, /* silu(W_gate x) * W_up x */
+    SM_FFN_SWIGLU_CLAMPED, /* a variant with limits, of experts only: kernels.h */
     SM_FFN_GEGLU,  /* gelu(W_gate x) * W_up x, the tanh form */
     SM_FFN_GELU    /* gelu(W_up x), the tanh form */
 };
@@ -43,7 +44,12 @@ enum sm_parallel {
 };
 
 /* Biases that a file must have; where it has others, they are added, too. */
-enum sm_bias_rule { SM_BIAS_FREE, SM_BIAS_QKV, SM_BIAS_EVERYWHERE };
+enum sm_bias_rule {
+    SM_BIAS_FREE,
+    SM_BIAS_QKV,
+    SM_BIAS_LAYERS,    /* all matrices of a layer */
+    SM_BIAS_EVERYWHERE /* and the head */
+};
 
 /* Over which experts' logits the router's softmax goes.  What the file says comes first. */
 enum sm_router_kind {
@@ -62,6 +68,8 @@ struct sm_arch {
     enum sm_ffn_kind ffn;
     enum sm_bias_rule bias;
     enum sm_router_kind router;
+    const char *ffn_norm; /* the tensor of the feed-forward's norm; NULL: ffn_norm.weight */
+    bool sinks;       /* attention has sinks in every layer */
     bool yarn_exact;  /* where yarn begins and ends mixing is not rounded to whole pairs */
     bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
     enum sm_parallel parallel;

@@ -1,8 +1,10 @@
 /* The feed-forward of experts: which expert gets which token, and with what weight.
  *
  *     l = W_router s + b               the router's logits, one for each expert
- *     x += sum over the chosen e, ascending, of p_e FF_e(s)       p: kernels.h, route
- *     x += g FF_shared(s)              g = sigmoid(w_shared s), or 1 where there is no w_shared
+ *     x += r sum over the chosen e, ascending, of p_e FF_e(s)     p: kernels.h, route
+ *     x += r g FF_shared(s)            g = sigmoid(w_shared s), or 1 where there is no w_shared
+ *
+ * r is the model's residual_scale, a factor of the weights.
  *
  * A token's choice depends on that token alone, and its sum is over experts in the order of their
  * ids: neither knows what else is in the batch. */
@@ -111,7 +113,8 @@ static void choose(const struct walk *w, size_t begin, size_t end) {
     for (size_t t = begin; t < end; t++)
         if (!p->model->kernels->route(r->ids + t * n_used, r->chosen + t * n_used, n_used,
                                       r->logits + t * n_expert, n_expert,
-                                      h->router == SM_ROUTER_CHOSEN, h->expert_scale))
+                                      h->router == SM_ROUTER_CHOSEN,
+                                      h->expert_scale * h->residual_scale))
             sm_ops_fail(p->ops, SMALLM_E_NUMERIC);
 }
 
@@ -148,24 +151,23 @@ void sm_feed_experts(const struct sm_pass *p, const struct sm_layer *layer,
     if (sm_ops_status(p->ops) != SMALLM_OK) return;
     sort_slots(r, n, n_used, n_expert);
 
+    void (*gated)(float *, const float *, const float *, size_t) =
+        m->arch->ffn == SM_FFN_SWIGLU_CLAMPED ? m->kernels->swiglu_clamped : m->kernels->swiglu;
     const struct sm_experts experts = {
         .n = n_expert, .n_ff = (size_t)m->h.n_ff_expert, .n_embd = n_embd,
         .gate = &layer->x_gate, .up = &layer->x_up, .down = &layer->x_down,
-        .b_gate = layer->bx_gate, .b_up = layer->bx_up, .b_down = layer->bx_down,
-        .gated = m->kernels->swiglu,
+        .b_gate = layer->bx_gate, .b_up = layer->bx_up, .b_down = layer->bx_down, .gated = gated,
     };
     const struct sm_routing chosen = {.first = r->first, .tokens = r->tokens, .weights = r->weights};
     sm_ops_experts(p->ops, n, &s, &experts, &chosen, b->h, b->x, n_embd);
     if (m->h.n_ff_shared == 0) return;
 
-    if (m->arch->shared_gate)
-        m->kernels->sigmoid(r->shared, r->shared, n);
-    else
-        for (size_t t = 0; t < n; t++) r->shared[t] = 1;
+    for (size_t t = 0; t < n && !m->arch->shared_gate; t++) r->shared[t] = 1;
+    if (m->arch->shared_gate) m->kernels->sigmoid(r->shared, r->shared, n);
+    m->kernels->scale(r->shared, r->shared, m->h.residual_scale, n);
     const struct sm_experts all_use = {
         .n = 1, .n_ff = (size_t)m->h.n_ff_shared, .n_embd = n_embd,
-        .gate = &layer->s_gate, .up = &layer->s_up, .down = &layer->s_down,
-        .gated = m->kernels->swiglu,
+        .gate = &layer->s_gate, .up = &layer->s_up, .down = &layer->s_down, .gated = gated,
     };
     const size_t first[] = {0, n};
     const struct sm_routing every = {.first = first, .tokens = r->all, .weights = r->shared};

@@ -24,9 +24,9 @@ enum need {
 };
 #define IF(condition) ((condition) ? REQUIRED : ABSENT)
 #define BIAS_IF(rule) (arch->bias >= (rule) ? REQUIRED : OPTIONAL)
-#define BIAS BIAS_IF(SM_BIAS_EVERYWHERE)
+#define BIAS BIAS_IF(SM_BIAS_LAYERS)
 #define BIAS_QKV BIAS_IF(SM_BIAS_QKV)
-#define GATED (arch->ffn == SM_FFN_SWIGLU || arch->ffn == SM_FFN_GEGLU)
+#define GATED (arch->ffn != SM_FFN_GELU)
 #define DENSE (h->n_expert == 0)
 #define SHARED (h->n_ff_shared > 0)
 #define NORMS_BEFORE (arch->norms != SM_NORMS_AFTER)
@@ -236,7 +236,7 @@ static int bind_all(struct loader *l, float **rope_factors) {
         status = bind_matrix(l, "token_embd.weight", REQUIRED, n_vocab, n_embd, &m->head);
     }
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "output.bias", BIAS, n_vocab, &m->head_bias);
+    status = bind_vector(l, "output.bias", BIAS_IF(SM_BIAS_EVERYWHERE), n_vocab, &m->head_bias);
     if (status != SMALLM_OK) return status;
     status = bind_vector(l, "output_norm.weight", REQUIRED, n_embd, &m->output_norm);
     if (status != SMALLM_OK) return status;

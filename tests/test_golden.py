@@ -91,9 +91,11 @@ def test_threads_chunks_and_tiers_change_no_bit(
     if quantized:
         path = golden.change(tmp_path / "m.gguf", edit=quantize)
     expected = compute(path, golden.ids, threads=1)
-    # Rounding to 8 bits costs a few percent, a wrong bias or a missing step much more.
-    off = expected[golden.rows] - golden.logits
-    assert np.sqrt(np.mean(off**2)) < (0.07 if quantized else 0.002) * golden.logits.std()
+    # Rounding to 8 bits costs a few percent, a wrong bias or a missing step much more; but where a
+    # router wavers, a token gets other experts.
+    off = np.sqrt(np.mean((expected[golden.rows] - golden.logits) ** 2, axis=1))
+    off = np.median(off) if quantized else np.sqrt(np.mean(off**2))
+    assert off < (0.05 if quantized else 0.002) * golden.logits.std()
     for chunk in (7, 2, 1):
         got = compute(path, golden.ids, chunk, threads=2)
         assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), chunk

@@ -329,6 +329,41 @@ def one_expert(m: re.Match[str], c: Config) -> list[Piece]:
     return [Piece(f"blk.{layer}.ffn_{which}_exps.weight", part=int(expert))]
 
 
+def split_experts(m: re.Match[str], c: Config) -> list[Piece]:
+    """[experts][gate rows, then up rows][inputs] of a fused tensor, and the same of one expert."""
+    layer, kind = m.groups()
+    suffix = "exps" if kind == "block_sparse_moe" else "shexp"
+
+    def half(second: bool) -> Callable[[Array], Array]:
+        def make(x: Array) -> Array:
+            n = x.shape[-2] // 2
+            rows: Array = x[..., n:, :] if second else x[..., :n, :]
+            return rows
+
+        return make
+
+    return [
+        Piece(f"blk.{layer}.ffn_gate_{suffix}.weight", half(False)),
+        Piece(f"blk.{layer}.ffn_up_{suffix}.weight", half(True)),
+    ]
+
+
+def woven_experts(m: re.Match[str], c: Config) -> list[Piece]:
+    """Fused tensors [experts][inputs][gate and up rows, alternating] and biases likewise."""
+    layer, which, bias = m.groups()
+    kind = "bias" if bias else "weight"
+
+    def make(first: int, step: int) -> Callable[[Array], Array]:
+        return lambda x: (x if bias else x.swapaxes(1, 2))[:, first::step]
+
+    if which == "down":
+        return [Piece(f"blk.{layer}.ffn_down_exps.{kind}", make(0, 1))]
+    return [
+        Piece(f"blk.{layer}.ffn_gate_exps.{kind}", make(0, 2)),
+        Piece(f"blk.{layer}.ffn_up_exps.{kind}", make(1, 2)),
+    ]
+
+
 EXPERTS: Rule = (
     r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight",
     one_expert,
@@ -494,6 +529,61 @@ FAMILIES: tuple[Family, ...] = (
         (base, ffn, rms_norm, rope, windows(4)),
         expect={"hidden_act": ("silu",)},
         extra=rope_factors,
+    ),
+    Family(
+        "qwen3moe",
+        ("Qwen3MoeForCausalLM",),
+        (base, ffn, rms_norm, rope, experts, normed_weights(True)),
+        expect={
+            "hidden_act": ("silu",),
+            "use_sliding_window": (False,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([],),
+            "attention_bias": (False,),
+        },
+        rules=(EXPERTS,),
+    ),
+    Family(
+        "olmoe",
+        ("OlmoeForCausalLM",),
+        (base, ffn, rms_norm, rope, experts, normed_weights(False)),
+        expect={"hidden_act": ("silu",), "clip_qkv": (None,), "attention_bias": (False,)},
+        rules=(EXPERTS,),
+    ),
+    Family(
+        "granitemoe",
+        ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+        (base, ffn, rms_norm, rope, experts, shared_expert, multipliers),
+        expect={"hidden_act": ("silu",)},
+        rules=(
+            PAIRED,
+            (
+                r"model\.layers\.(\d+)\.(block_sparse_moe|shared_mlp)\.input_linear\.weight",
+                split_experts,
+            ),
+        ),
+        extra=rope_factors,
+    ),
+    Family(
+        "gpt-oss",
+        ("GptOssForCausalLM",),
+        (base, ffn, rms_norm, lambda c: rope(c, rounded=False), experts, windows(2)),
+        expect={
+            "hidden_act": ("silu",),
+            "swiglu_alpha": (1.702,),
+            "swiglu_limit": (7.0,),
+            "attention_bias": (True,),
+        },
+        rules=(
+            (
+                r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?",
+                woven_experts,
+            ),
+            (
+                r"model\.layers\.(\d+)\.self_attn\.sinks",
+                lambda m, c: [Piece(f"blk.{m[1]}.attn_sinks.weight")],
+            ),
+        ),
     ),
     Family(
         "phi2",
