@@ -112,16 +112,11 @@ static int bind_tensor(struct loader *l, const char *name, enum need need, size_
     return bind_tensors(l, name, need, 1, rows, k, out);
 }
 
-/* Whole panels for every expert: their rows are a multiple of a panel's. */
 static int bind_matrices(struct loader *l, const char *name, enum need need, size_t n_experts,
                          size_t rows, size_t k, struct sm_matrix *out) {
     struct job *job;
     int status = bind_tensors(l, name, need, n_experts, rows, k, &job);
     if (status != SMALLM_OK || job == NULL) return status;
-    if (n_experts > 1 && rows % SM_PANEL_ROWS != 0)
-        return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
-                       "%s: the tensor %s has %zu rows for each expert; allowed are multiples of %d",
-                       sm_gguf_path(l->g), name, rows, SM_PANEL_ROWS);
     job->matrix = out;
     *out = (struct sm_matrix){.type = job->type, .n_rows = job->n_rows, .k = k,
                               .n_panels = (job->n_rows + SM_PANEL_ROWS - 1) / SM_PANEL_ROWS,
@@ -132,6 +127,17 @@ static int bind_matrices(struct loader *l, const char *name, enum need need, siz
 static int bind_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
                        struct sm_matrix *out) {
     return bind_matrices(l, name, need, 1, rows, k, out);
+}
+
+/* Whole panels for every expert: their rows are a multiple of a panel's.  Adapters cannot change
+ * them. */
+static int bind_experts(struct loader *l, const char *name, enum need need, size_t n_experts,
+                        size_t rows, size_t k, struct sm_matrix *out) {
+    int status = bind_matrices(l, name, need, n_experts, rows, k, out);
+    if (status != SMALLM_OK || out->n_rows == 0 || rows % SM_PANEL_ROWS == 0) return status;
+    return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
+                   "%s: the tensor %s has %zu rows for each expert; allowed are multiples of %d",
+                   sm_gguf_path(l->g), name, rows, SM_PANEL_ROWS);
 }
 
 /* The same, for a matrix of a layer: adapters may change it. */
@@ -183,10 +189,10 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
     status = bind_layer_matrix(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
     if (status != SMALLM_OK) return status;
-#define SM_EXPERTS(field, suffix, need, rows, columns)                               \
+#define SM_EXPERTS(field, suffix, need, n, rows, columns)                            \
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
-    status = bind_matrices(l, name, need, (size_t)h->n_expert, (size_t)(rows), (size_t)(columns), \
-                           &layer->field);                                           \
+    status = bind_experts(l, name, need, (size_t)(n), (size_t)(rows), (size_t)(columns), \
+                          &layer->field);                                            \
     if (status != SMALLM_OK) return status;
 #include "tensors.def"
 #undef SM_VECTOR

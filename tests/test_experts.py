@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,20 +131,22 @@ def test_a_router_that_overflows_fails_the_call(golden: Golden, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("width", [24, 40])
+@pytest.mark.parametrize("kind", ["exps", "shexp"])
 def test_experts_of_a_width_that_does_not_divide_into_panels(
-    golden: Golden, tmp_path: Path, width: int
+    golden: Golden, tmp_path: Path, kind: str, width: int
 ) -> None:
     def narrow(tensors: dict[str, Tensor]) -> None:
         for name, t in list(tensors.items()):
-            if "_exps" in name:
-                shape = (N_EXPERT, 64, width) if "down" in name else (N_EXPERT, width, 64)
+            if f"_{kind}" in name and "inp" not in name:
+                shape = (*t.shape[:-1], width) if "down" in name else (*t.shape[:-2], width, 64)
                 tensors[name] = Tensor(t.type, shape, np.resize(t.data, shape))
 
-    keys = {"expert_feed_forward_length": width}
+    part = "expert" if kind == "exps" else "expert_shared"
+    keys = {f"{part}_feed_forward_length": width}
     path = golden.change(tmp_path / "m.gguf", keys=keys, edit=narrow)
     with pytest.raises(smallm.UnsupportedModelError) as caught:
         smallm.load(path)
-    assert "blk.0.ffn_gate_exps.weight" in str(caught.value) and str(width) in str(caught.value)
+    assert re.search(rf"blk\.0\.ffn_(gate|up)_{kind}\.weight has {width} rows", str(caught.value))
 
 
 def test_rows_without_experts_take_none(tmp_path: Path) -> None:
