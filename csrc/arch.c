@@ -36,7 +36,7 @@ static const struct sm_arch archs[] = {
      .parallel = SM_PARALLEL_SHARED},
     {.name = "qwen2moe", .models = "Qwen1.5-MoE, Qwen2-MoE", .rope = SM_ROPE_HALVES,
      .bias = SM_BIAS_QKV, .router = SM_ROUTER_ALL, .shared_gate = true},
-    {.name = "qwen3moe", .models = "Qwen3-30B-A3B and others with experts", .rope = SM_ROPE_HALVES,
+    {.name = "qwen3moe", .models = "Qwen3 with experts (Qwen3-30B-A3B)", .rope = SM_ROPE_HALVES,
      .qk_norm = SM_QK_NORM_HEAD, .router = SM_ROUTER_CHOSEN},
     {.name = "olmoe", .models = "OLMoE", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_ROW,
      .router = SM_ROUTER_ALL},
