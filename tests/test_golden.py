@@ -95,7 +95,7 @@ def test_threads_chunks_and_tiers_change_no_bit(
     # router wavers, a token gets other experts.
     off = np.sqrt(np.mean((expected[golden.rows] - golden.logits) ** 2, axis=1))
     off = np.median(off) if quantized else np.sqrt(np.mean(off**2))
-    assert off < (0.05 if quantized else 0.002) * golden.logits.std()
+    assert off < (0.07 if quantized else 0.002) * golden.logits.std()
     for chunk in (7, 2, 1):
         got = compute(path, golden.ids, chunk, threads=2)
         assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), chunk
