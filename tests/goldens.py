@@ -40,6 +40,11 @@ def names(kind: str = "decoder") -> list[str]:
     return sorted(path.stem for path in found)
 
 
+def has_experts(name: str) -> bool:
+    config = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))["config"]
+    return "num_experts_per_tok" in config
+
+
 def weights(case: str, name: str, shape: list[int], mean: float, deviation: float) -> np.ndarray:
     """float16 [shape]: sums of four 16-bit numbers from PCG64, which are nearly normal."""
     seed = int.from_bytes(hashlib.sha256(f"{case}/{name}".encode()).digest()[:16], "little")
