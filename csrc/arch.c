@@ -34,6 +34,20 @@ static const struct sm_arch archs[] = {
     {.name = "phi2", .models = "phi-1, phi-1.5, phi-2", .rope = SM_ROPE_HALVES,
      .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU, .bias = SM_BIAS_EVERYWHERE,
      .parallel = SM_PARALLEL_SHARED},
+    {.name = "phi3", .models = "Phi-3, Phi-3.5, Phi-4-mini", .rope = SM_ROPE_HALVES,
+     .gate_in_up = true},
+    {.name = "gpt2", .models = "GPT-2, DistilGPT2", .rope = SM_ROPE_NONE, .norm = SM_NORM_LAYER,
+     .ffn = SM_FFN_GELU, .bias = SM_BIAS_LAYERS},
+    {.name = "gptneox", .models = "Pythia, GPT-NeoX, Dolly 2", .rope = SM_ROPE_HALVES,
+     .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU_ERF, .bias = SM_BIAS_LAYERS,
+     .parallel = SM_PARALLEL_KEY},
+    {.name = "starcoder2", .models = "StarCoder2", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER,
+     .ffn = SM_FFN_GELU, .bias = SM_BIAS_LAYERS},
+    {.name = "falcon", .models = "Falcon 11B and 40B", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER,
+     .ffn = SM_FFN_GELU_ERF, .parallel = SM_PARALLEL_SECOND},
+    {.name = "internlm2", .models = "InternLM2, InternLM2.5", .rope = SM_ROPE_PAIRS},
+    {.name = "mpt", .models = "MPT", .rope = SM_ROPE_NONE, .norm = SM_NORM_LAYER_PLAIN,
+     .ffn = SM_FFN_GELU_ERF},
     {.name = "qwen2moe", .models = "Qwen1.5-MoE, Qwen2-MoE", .rope = SM_ROPE_HALVES,
      .bias = SM_BIAS_QKV, .router = SM_ROUTER_ALL, .shared_gate = true},
     {.name = "qwen3moe", .models = "Qwen3 with experts (Qwen3-30B-A3B)", .rope = SM_ROPE_HALVES,
@@ -155,8 +169,7 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     h->yarn.context = read_int(r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
     h->yarn.fast = read_float(r, "rope.scaling.yarn_beta_fast", 32, 0, 1e6);
     h->yarn.slow = read_float(r, "rope.scaling.yarn_beta_slow", 1, 0, 1e6);
-    h->yarn.magnitude = read_float(r, "rope.scaling.attn_factor", 1, 0, 1e3) *
-                        read_float(r, "rope.scaling.yarn_attn_factor", 1, 0, 1e3);
+    h->yarn.magnitude = read_float(r, "rope.scaling.yarn_attn_factor", 1, 0, 1e3);
     if (read_float(r, "rope.scaling.yarn_ext_factor", 1, -1e6, 1e6) != 1)
         refuse(r, r->key, "not 1", "1");
     if (read_float(r, "rope.scaling.yarn_log_multiplier", 0, -1e6, 1e6) != 0)
@@ -253,8 +266,10 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     double local_base = arch->local_base != 0 ? arch->local_base : h->rope_base[0];
     h->rope_base[1] = read_float(&r, "rope.freq_base_swa", local_base, 1, 1e12);
     h->rope_scale[1] = arch->local_base != 0 ? 1 : h->rope_scale[0];
+    h->rope_magnitude = read_float(&r, "rope.scaling.attn_factor", 1, 0, 1e3);
+    h->n_ctx_short = read_int(&r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
     bool two = h->rope_base[1] != h->rope_base[0] || h->rope_scale[1] != h->rope_scale[0];
-    h->n_rope = h->window > 0 && two ? 2 : 1;
+    h->n_rope = arch->rope == SM_ROPE_NONE ? 0 : h->window > 0 && two ? 2 : 1;
     if (r.status != SMALLM_OK) return r.status;
 
     const char *path = sm_gguf_path(g);
@@ -274,6 +289,10 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
         if (read_float(&r, steps_not_run[i], 0, -1e30, 1e30) != 0)
             refuse(&r, r.key, "not 0", "models without it");
     bool causal = true, found;
+    if (r.status == SMALLM_OK && arch->parallel == SM_PARALLEL_KEY) {
+        h->parallel = true;
+        r.status = sm_gguf_get_bool(g, full_key(&r, "use_parallel_residual"), &h->parallel, &found, err);
+    }
     if (r.status == SMALLM_OK)
         r.status = sm_gguf_get_bool(g, full_key(&r, "attention.causal"), &causal, &found, err);
     if (r.status == SMALLM_OK && !causal) refuse(&r, r.key, "false", "causal models");
@@ -297,6 +316,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
 struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hparams *h, int layer) {
     bool windowed = h->windowed[layer];
     bool turns = arch->unturned_period == 0 || (layer + 1) % arch->unturned_period != 0;
+    if (arch->rope == SM_ROPE_NONE) turns = false;
     if (arch->turns_windows && h->window > 0) turns = windowed;
     return (struct sm_layer_plan){.window = windowed ? h->window : 0,
                                   .rope = !turns ? -1 : h->n_rope == 2 && windowed ? 1 : 0};

@@ -9,7 +9,8 @@
 
 enum sm_rope_style {
     SM_ROPE_PAIRS, /* turns neighbours (x[2 i], x[2 i + 1]) */
-    SM_ROPE_HALVES /* turns (x[i], x[i + n_rot / 2]) */
+    SM_ROPE_HALVES, /* turns (x[i], x[i + n_rot / 2]) */
+    SM_ROPE_NONE   /* positions are learned, or a change of the scores (ALiBi) */
 };
 
 enum sm_norm_kind {
@@ -33,14 +34,17 @@ enum sm_ffn_kind {
     SM_FFN_SWIGLU, /* silu(W_gate x) * W_up x */
     SM_FFN_SWIGLU_CLAMPED, /* a variant with limits, of experts only: kernels.h */
     SM_FFN_GEGLU,  /* gelu(W_gate x) * W_up x, the tanh form */
-    SM_FFN_GELU    /* gelu(W_up x), the tanh form */
+    SM_FFN_GELU,   /* gelu(W_up x), the tanh form */
+    SM_FFN_GELU_ERF /* the same, the exact form */
 };
 
 /* Whether attention and feed-forward both read x and then add to it. */
 enum sm_parallel {
     SM_PARALLEL_NO,
     SM_PARALLEL_SHARED,  /* yes, and they share a norm */
-    SM_PARALLEL_IF_SHARED /* yes where the file has no norm of the feed-forward's own */
+    SM_PARALLEL_IF_SHARED, /* yes where the file has no norm of the feed-forward's own */
+    SM_PARALLEL_KEY,     /* as the key use_parallel_residual says, each with its norm */
+    SM_PARALLEL_SECOND   /* yes; attention's own norm is attn_norm_2 where the file has it */
 };
 
 /* Biases that a file must have; where it has others, they are added, too. */
@@ -71,6 +75,7 @@ struct sm_arch {
     const char *ffn_norm; /* the tensor of the feed-forward's norm; NULL: ffn_norm.weight */
     bool sinks;       /* attention has sinks in every layer */
     bool yarn_exact;  /* where yarn begins and ends mixing is not rounded to whole pairs */
+    bool gate_in_up;  /* one tensor holds the rows of the feed-forward's gate, then those of up */
     bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
     enum sm_parallel parallel;
     int window;         /* of files that do not name theirs; 0: none */
@@ -111,6 +116,9 @@ struct sm_hparams {
     int n_rope;         /* 1 or 2 */
     double rope_base[2], rope_scale[2];
     struct sm_yarn yarn;
+    double rope_magnitude; /* what rope multiplies lengths by, too */
+    int n_ctx_short;    /* contexts up to this take a file's short rope factors, others the long ones */
+    bool parallel;      /* by the key */
     float attn_scale;   /* of scores */
     float attn_cap, logit_cap; /* soft caps of scores and logits; 0: none */
     float embed_scale, residual_scale, logit_scale; /* of embeddings, what layers add to x, logits */

@@ -8,8 +8,8 @@
 
 #define TOKENS_PER_ITEM 8
 
-/* x_t = scale E[token_t];  (cos, sin)_t[i] of the angle position_t * freq_i, by yarn's magnitude, for
- * each table of angles */
+/* x_t = scale E[token_t], + P[position_t] where positions are learned;
+ * (cos, sin)_t[i] = magnitude (cos, sin)(position_t * freq_i), for each table of frequencies */
 static void embed_tokens(void *context, size_t item, void *scratch, float *local) {
     const struct sm_pass *p = context;
     const struct sm_model *m = p->model;
@@ -22,9 +22,11 @@ static void embed_tokens(void *context, size_t item, void *scratch, float *local
         int status = sm_model_embed(m, p->batch->tokens[t], x, NULL);
         if (status != SMALLM_OK) sm_ops_fail(p->ops, status);
         if (m->h.embed_scale != 1) m->kernels->scale(x, x, m->h.embed_scale, n_embd);
+        size_t position = (size_t)p->batch->positions[t];
+        if (m->positions != NULL) m->kernels->add(x, m->positions + position * n_embd, n_embd);
         for (size_t i = 0; i < n_angles; i++) {
             double s, c;
-            sm_sincos(p->batch->positions[t] * m->rope_freqs[i], &s, &c);
+            sm_sincos((double)position * p->buffers->freqs[i], &s, &c);
             p->buffers->cos[t * n_angles + i] = (float)(m->rope_magnitude * c);
             p->buffers->sin[t * n_angles + i] = (float)(m->rope_magnitude * s);
         }
@@ -73,16 +75,21 @@ static void add_product(const struct sm_pass *p, const struct sm_source *s, cons
     sm_ops_each(p->ops, SM_TIMER_FINISH, (n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, add_normed, &add);
 }
 
-/* h = silu(W_gate s + b_gate) * (W_up s + b_up), the same with gelu, or gelu(W_up s + b_up) */
+/* h = silu(W_gate s + b_gate) * (W_up s + b_up), the same with a gelu, or a gelu(W_up s + b_up) */
 static void expand(const struct sm_pass *p, const struct sm_layer *layer, const struct sm_source *s) {
     size_t n = p->batch->n, n_ff = (size_t)p->model->h.n_ff;
-    const enum sm_ffn_kind ffn = p->model->arch->ffn;
-    const struct sm_product gate = {.w = &layer->w_gate, .bias = layer->b_gate,
-                                    .gelu = ffn == SM_FFN_GEGLU};
-    const struct sm_product up = {.w = &layer->w_up, .bias = layer->b_up, .out = p->buffers->h,
-                                  .stride = n_ff, .gelu = ffn == SM_FFN_GELU};
-    if (ffn == SM_FFN_GELU) sm_ops_project(p->ops, n, s, &up, 1);
-    else sm_ops_gated(p->ops, n, s, &gate, &up, p->buffers->h, n_ff);
+    const struct sm_kernels *k = p->model->kernels;
+    const struct sm_product gate = {.w = &layer->w_gate, .bias = layer->b_gate};
+    struct sm_product up = {.w = &layer->w_up, .bias = layer->b_up, .out = p->buffers->h,
+                            .stride = n_ff};
+    switch (p->model->arch->ffn) {
+    case SM_FFN_SWIGLU: sm_ops_gated(p->ops, n, s, &gate, &up, k->swiglu, up.out, n_ff); return;
+    case SM_FFN_GEGLU: sm_ops_gated(p->ops, n, s, &gate, &up, k->geglu, up.out, n_ff); return;
+    case SM_FFN_GELU: up.apply = k->gelu; break;
+    case SM_FFN_GELU_ERF: up.apply = k->gelu_erf; break;
+    case SM_FFN_SWIGLU_CLAMPED: break; /* of experts only (experts.c) */
+    }
+    sm_ops_project(p->ops, n, s, &up, 1);
 }
 
 /* h -> x = x + W_down h + b_down */

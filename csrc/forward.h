@@ -38,6 +38,7 @@ struct sm_buffers {
     float *h;          /* [n][n_ff]; experts: see experts.c */
     struct sm_router *router; /* where there are experts, else NULL */
     float *cos, *sin;  /* [n][n_rope][n_rot / 2] */
+    const double *freqs; /* [n_rope][n_rot / 2] radians per position */
     float *wanted;     /* [n][n_embd] rows of x whose logits are wanted */
     float *partial;    /* decode: [n][n_head][max_chunks][head + 2], see mixers/attention.c */
     size_t max_chunks;

@@ -38,7 +38,9 @@ enum need {
                                        : HAS(other) ? REQUIRED : OPTIONAL)
 #define FFN_NORM                                                                     \
     (!NORMS_BEFORE || arch->parallel == SM_PARALLEL_SHARED ? ABSENT                   \
+     : arch->parallel == SM_PARALLEL_SECOND ? IF(SECOND)                                \
      : arch->parallel == SM_PARALLEL_IF_SHARED ? OPTIONAL : REQUIRED)
+#define SECOND (arch->parallel == SM_PARALLEL_SECOND && HAS("attn_norm_2.weight"))
 #define FUSED (layer->wqkv.n_rows > 0)
 
 /* One tensor to be read: into a matrix's panels, into a vector, or only judged. */
@@ -200,7 +202,8 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
 #undef SM_MATRIX
 #undef SM_EXPERTS
     layer->plan = sm_arch_plan(arch, h, index);
-    layer->parallel = arch->parallel == SM_PARALLEL_SHARED ||
+    layer->parallel = arch->parallel == SM_PARALLEL_SHARED || arch->parallel == SM_PARALLEL_SECOND ||
+                      (arch->parallel == SM_PARALLEL_KEY && h->parallel) ||
                       (arch->parallel == SM_PARALLEL_IF_SHARED && !HAS("ffn_norm.weight"));
     if (FUSED && ((h->n_head * h->head) % SM_PANEL_ROWS != 0 ||
                   (h->n_head_kv * h->head) % SM_PANEL_ROWS != 0))
@@ -208,23 +211,55 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
                        "%s: the tensor blk.%d.attn_qkv.weight holds %d rows of q and %d of k; allowed "
                        "are multiples of %d", sm_gguf_path(l->g), index, h->n_head * h->head,
                        h->n_head_kv * h->head, SM_PANEL_ROWS);
+    if (layer->w_gate_up.n_rows > 0 && h->n_ff % SM_PANEL_ROWS != 0)
+        return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
+                       "%s: the tensor blk.%d.ffn_up.weight holds %d rows of the gate; allowed are "
+                       "multiples of %d", sm_gguf_path(l->g), index, h->n_ff, SM_PANEL_ROWS);
     return SMALLM_OK;
 }
 
-/* Once the panels have their places: q, k and v of a fused tensor are ranges of its panels. */
-static void split_qkv(const struct sm_hparams *h, struct sm_layer *layer) {
-    struct sm_matrix *parts[] = {&layer->wq, &layer->wk, &layer->wv};
-    float **biases[] = {&layer->bq, &layer->bk, &layer->bv};
-    size_t row = 0;
-    for (size_t i = 0; FUSED && i < SM_COUNT(parts); i++) {
-        size_t n_rows = (size_t)((i == 0 ? h->n_head : h->n_head_kv) * h->head);
-        *parts[i] = layer->wqkv;
-        parts[i]->n_rows = n_rows;
-        parts[i]->n_panels = n_rows / SM_PANEL_ROWS;
-        parts[i]->panels += row / SM_PANEL_ROWS * layer->wqkv.panel_bytes;
-        if (layer->bqkv != NULL) *biases[i] = layer->bqkv + row;
-        row += n_rows;
+/* Rows `row` .. row + n_rows - 1 of a fused tensor and of its bias (or NULL), whole panels. */
+static void take_rows(const struct sm_matrix *fused, float *fused_bias, size_t row, int n_rows,
+                      struct sm_matrix *part, float **bias) {
+    *part = *fused;
+    part->n_rows = (size_t)n_rows;
+    part->n_panels = (size_t)n_rows / SM_PANEL_ROWS;
+    part->panels += row / SM_PANEL_ROWS * fused->panel_bytes;
+    if (fused_bias != NULL) *bias = fused_bias + row;
+}
+
+/* Once the panels have their places: the parts of fused tensors are ranges of their panels. */
+static void split_fused(const struct sm_hparams *h, struct sm_layer *layer) {
+    int n_q = h->n_head * h->head, n_kv = h->n_head_kv * h->head;
+    if (FUSED) {
+        take_rows(&layer->wqkv, layer->bqkv, 0, n_q, &layer->wq, &layer->bq);
+        take_rows(&layer->wqkv, layer->bqkv, (size_t)n_q, n_kv, &layer->wk, &layer->bk);
+        take_rows(&layer->wqkv, layer->bqkv, (size_t)(n_q + n_kv), n_kv, &layer->wv, &layer->bv);
     }
+    if (layer->w_gate_up.n_rows > 0) {
+        const struct sm_matrix *both = &layer->w_gate_up;
+        take_rows(both, layer->b_gate_up, 0, h->n_ff, &layer->w_gate, &layer->b_gate);
+        take_rows(both, layer->b_gate_up, (size_t)h->n_ff, h->n_ff, &layer->w_up, &layer->b_up);
+    }
+}
+
+/* Factors of rope's frequencies: one for all contexts, or for long and for short ones. */
+enum { FACTORS_ALL, FACTORS_LONG, FACTORS_SHORT, N_FACTORS };
+static const char *const factor_names[N_FACTORS] = {
+    "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"};
+
+static int bind_factors(struct loader *l, float **factors) {
+    const struct sm_hparams *h = &l->m->h;
+    bool two = false;
+    for (int i = FACTORS_LONG; i <= FACTORS_SHORT; i++)
+        two = two || sm_gguf_find_tensor(l->g, factor_names[i]) != NULL;
+    for (int i = 0; i < N_FACTORS; i++) {
+        enum need need = h->n_rope != 1 ? ABSENT : i == FACTORS_ALL ? (two ? ABSENT : OPTIONAL) : IF(two);
+        int status = bind_vector(l, factor_names[i], need, (size_t)h->n_rot / 2, &factors[i]);
+        if (status != SMALLM_OK) return status;
+    }
+    l->m->has_short = two;
+    return SMALLM_OK;
 }
 
 static int bind_all(struct loader *l, float **rope_factors) {
@@ -249,8 +284,10 @@ static int bind_all(struct loader *l, float **rope_factors) {
     status = bind_vector(l, "output_norm.bias", IF(arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "rope_freqs.weight", m->h.n_rope == 1 ? OPTIONAL : ABSENT,
-                         (size_t)m->h.n_rot / 2, rope_factors);
+    status = bind_rows(l, "position_embd.weight", IF(arch->rope == SM_ROPE_NONE && m->h.max_alibi == 0),
+                       (size_t)m->h.n_ctx_train, n_embd, &m->positions);
+    if (status != SMALLM_OK) return status;
+    status = bind_factors(l, rope_factors);
     for (int i = 0; i < m->h.n_layer && status == SMALLM_OK; i++)
         status = bind_layer(l, i, &m->layers[i]);
     if (status != SMALLM_OK) return status;
@@ -479,26 +516,33 @@ static double scale_rope(const struct sm_model *m, int table, int i) {
     return mixed * h->rope_scale[table] + (1 - mixed);
 }
 
-static int make_rope_freqs(struct loader *l, const float *factors) {
-    struct sm_model *m = l->m;
-    int n = m->h.n_rot / 2;
-    m->rope_freqs = sm_calloc((size_t)(m->h.n_rope * n), sizeof m->rope_freqs[0]);
-    if (m->rope_freqs == NULL)
-        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
+/* One table of frequencies, or those of all layers' tables; factors [n_rot / 2] or NULL. */
+static int make_freqs(struct loader *l, const char *name, const float *factors, double *out) {
+    const struct sm_hparams *h = &l->m->h;
+    int n = h->n_rot / 2;
     for (int i = 0; i < n; i++) {
         double factor = factors != NULL ? (double)factors[i] : 1;
         if (!(factor > 1e-6 && factor < 1e6))
-            return sm_fail(l->err, SMALLM_E_CORRUPT,
-                           "%s: rope_freqs.weight[%d] is %g; allowed are 1e-6 to 1e6",
-                           sm_gguf_path(l->g), i, factor);
-        for (int t = 0; t < m->h.n_rope; t++)
-            m->rope_freqs[t * n + i] =
-                scale_rope(m, t, i) / factor * sm_pow(m->h.rope_base[t], -2.0 * i / m->h.n_rot);
+            return sm_fail(l->err, SMALLM_E_CORRUPT, "%s: %s[%d] is %g; allowed are 1e-6 to 1e6",
+                           sm_gguf_path(l->g), name, i, factor);
+        for (int t = 0; t < h->n_rope; t++)
+            out[t * n + i] = scale_rope(l->m, t, i) / factor * sm_pow(h->rope_base[t], -2.0 * i / h->n_rot);
     }
-    m->rope_magnitude = 1;
-    if (m->h.yarn.used)
-        m->rope_magnitude = m->h.yarn.magnitude * (1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1)));
     return SMALLM_OK;
+}
+
+static int make_rope_freqs(struct loader *l, float *const *factors) {
+    struct sm_model *m = l->m;
+    int n = m->h.n_rot / 2, all = m->has_short ? FACTORS_LONG : FACTORS_ALL;
+    m->rope_freqs = sm_calloc((size_t)((m->h.n_rope + m->has_short) * n), sizeof m->rope_freqs[0]);
+    if (m->rope_freqs == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
+    m->rope_magnitude = m->h.rope_magnitude;
+    if (m->h.yarn.used)
+        m->rope_magnitude *= m->h.yarn.magnitude * (1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1)));
+    int status = make_freqs(l, factor_names[all], factors[all], m->rope_freqs);
+    if (status != SMALLM_OK || !m->has_short) return status;
+    return make_freqs(l, factor_names[FACTORS_SHORT], factors[FACTORS_SHORT], m->rope_freqs + n);
 }
 
 /* With a power of two of heads, head i has 2^(-max (i + 1) / n); the heads beyond one have those of
@@ -545,12 +589,12 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     if (l->bound == NULL || l->jobs == NULL || m->layers == NULL || m->matrices == NULL)
         return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory for the tensor table",
                        sm_gguf_path(l->g));
-    float *rope_factors = NULL;
-    status = bind_all(l, &rope_factors);
+    float *rope_factors[N_FACTORS] = {NULL};
+    status = bind_all(l, rope_factors);
     if (status != SMALLM_OK) return status;
     status = pack_all(l, n_threads, params->memory_limit);
     if (status != SMALLM_OK) return status;
-    for (int i = 0; i < m->h.n_layer; i++) split_qkv(&m->h, &m->layers[i]);
+    for (int i = 0; i < m->h.n_layer; i++) split_fused(&m->h, &m->layers[i]);
     status = make_rope_freqs(l, rope_factors);
     if (status != SMALLM_OK) return status;
     status = make_slopes(l);

@@ -54,8 +54,12 @@ struct sm_model {
     float *head_bias;              /* [n_vocab] or NULL */
     float *output_norm;            /* [n_embd] */
     float *output_norm_b;          /* [n_embd] or NULL */
-    double *rope_freqs;            /* [n_rope][n_rot / 2] radians per position */
+    float *positions;              /* [n_ctx_train][n_embd] learned ones, or NULL */
+    /* [n_rope][n_rot / 2] radians per position; behind them, where the file has factors for short
+     * contexts, those of these. */
+    double *rope_freqs;
     double rope_magnitude;         /* of their cos and sin */
+    bool has_short;
     float *slopes;                 /* [n_head] of ALiBi, or NULL */
     const struct sm_tensor_info *embeddings; /* untied: rows are read from the file; else NULL */
     struct sm_gguf *file;          /* open where `embeddings` is not NULL */
@@ -71,6 +75,12 @@ static inline void sm_model_norm(const struct sm_model *m, float *out, const flo
                                  const float *b, size_t n) {
     if (m->arch->norm == SM_NORM_RMS) m->kernels->rms_norm(out, x, w, n, m->h.norm_eps);
     else m->kernels->layer_norm(out, x, w, b, n, m->h.norm_eps);
+}
+
+/* The frequencies for contexts of n_ctx positions. */
+static inline const double *sm_model_rope_freqs(const struct sm_model *m, int n_ctx) {
+    bool is_short = m->has_short && n_ctx <= m->h.n_ctx_short;
+    return m->rope_freqs + (is_short ? m->h.n_rot / 2 : 0);
 }
 
 /* The embedding of token `id` (in range) into out [n_embd]. */

@@ -239,6 +239,7 @@ struct project {
     float *gated;                  /* sm_ops_gated's out: products[0] and [1] are gate and up */
     size_t gated_stride;
     size_t n_low;                  /* panels of A over all products, of the adapter that has most */
+    sm_gated_fn *apply_gate;
 };
 
 /* rest [k] = x - row `row` of the activations: what rounding lost.  rest may be x. */
@@ -462,8 +463,8 @@ static void finish(const struct project *p, const struct sm_product *product, si
         float *out = product->rows != NULL ? product->rows[t] : product->out + t * product->stride;
         if (product->add)
             k->add(out + row, tile + t * ld, n_rows);
-        else if (product->gelu)
-            k->gelu(out + row, tile + t * ld, n_rows);
+        else if (product->apply != NULL)
+            product->apply(out + row, tile + t * ld, n_rows);
         else
             memcpy(out + row, tile + t * ld, n_rows * sizeof(float));
         if (product->peaks != NULL && product->peaks[t] != NULL)
@@ -475,10 +476,8 @@ static void finish_gated(const struct project *p, size_t row, size_t n_rows, siz
                          float *gate, float *up) {
     add_bias(p, &p->products[0], row, n_rows, ld, gate);
     add_bias(p, &p->products[1], row, n_rows, ld, up);
-    const struct sm_kernels *k = p->o->kernels;
     for (size_t t = 0; t < p->n; t++)
-        (p->products[0].gelu ? k->geglu : k->swiglu)(p->gated + t * p->gated_stride + row,
-                                                     gate + t * ld, up + t * ld, n_rows);
+        p->apply_gate(p->gated + t * p->gated_stride + row, gate + t * ld, up + t * ld, n_rows);
 }
 
 /* Some panels of one product (of gate and up together), n_rows rows of the matrix from `row` on. */
@@ -498,7 +497,7 @@ static void run_tile(const struct project *p, const struct sm_product *product,
         finish_gated(p, row, n_rows, ld, gate, up);
         return;
     }
-    bool as_is = !product->add && !product->gelu && !p->fine && product->rows == NULL &&
+    bool as_is = !product->add && product->apply == NULL && !p->fine && product->rows == NULL &&
                  !is_scaled(product);
     if (as_is && n_rows == ld) { /* nothing is between the sums and their place */
         float *out = product->out + row;
@@ -616,10 +615,10 @@ void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
 }
 
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
-                  const struct sm_product *up, float *out, size_t stride) {
+                  const struct sm_product *up, sm_gated_fn *gated, float *out, size_t stride) {
     const struct sm_product both[2] = {*gate, *up};
     struct project p = {.o = o, .s = s, .products = both, .n_products = 2, .n = n, .gated = out,
-                        .gated_stride = stride};
+                        .gated_stride = stride, .apply_gate = gated};
     run_project(&p);
 }
 

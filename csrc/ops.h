@@ -33,8 +33,8 @@ struct sm_source {
     float eps;
 };
 
-/* Where a product goes: out_t[r] (+)= scale (sum_k w[r][k] source_t[k] + bias[r]), or gelu or soft
- * cap of that. */
+/* Where a product goes: out_t[r] (+)= scale (sum_k w[r][k] source_t[k] + bias[r]), or a gelu or the
+ * soft cap of that. */
 struct sm_product {
     const struct sm_matrix *w;
     const float *bias;     /* [n_rows] or NULL */
@@ -46,7 +46,8 @@ struct sm_product {
      * without a row that is asked for are not read, and give -infinity.  With rows and peaks only. */
     const uint32_t *const *allowed;
     bool add;              /* adds to what is there: the residual */
-    bool gelu;             /* not with add */
+    /* A kernel slot that the sums go through, or NULL.  Not with add. */
+    void (*apply)(float *out, const float *x, size_t n);
     float scale;           /* 0: none */
     float cap;             /* of the soft cap, 0: none; with rows only */
 };
@@ -92,9 +93,11 @@ void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
 void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
                          const struct sm_product *product);
 
-/* out = silu(gate) * up, or gelu(gate) * up where gate.gelu, of products gate and up of equal shape; out is [n][stride]. */
+/* out = gated(gate, up), a kernel slot as swiglu, of products gate and up of equal shape; out is
+ * [n][stride]. */
+typedef void sm_gated_fn(float *out, const float *gate, const float *up, size_t n);
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
-                  const struct sm_product *up, float *out, size_t stride);
+                  const struct sm_product *up, sm_gated_fn *gated, float *out, size_t stride);
 
 /* A stack of `n` gated feed-forwards of one shape: expert e's rows follow those of e - 1. */
 struct sm_experts {
@@ -102,7 +105,7 @@ struct sm_experts {
     const struct sm_matrix *gate, *up;   /* [n * n_ff][n_embd] */
     const struct sm_matrix *down;        /* [n * n_embd][n_ff] */
     const float *b_gate, *b_up, *b_down; /* [n][n_ff], [n][n_ff], [n][n_embd], or NULL */
-    void (*gated)(float *out, const float *gate, const float *up, size_t n); /* a kernel slot */
+    sm_gated_fn *gated;                  /* a kernel slot */
 };
 
 /* Which expert gets which tokens, as slots: sorted by expert, then by token. */

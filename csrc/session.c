@@ -67,6 +67,7 @@ static int allocate(struct sm_session *s, smallm_error *err) {
         s->blocks == NULL || s->wanted == NULL || s->logits == NULL || s->peaks == NULL ||
         s->allowed == NULL || s->adaptations == NULL)
         return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
+    s->buffers.freqs = sm_model_rope_freqs(s->model, s->params.n_ctx);
     float *at = s->floats;
     for (size_t i = 0; i < SM_COUNT(parts); i++) {
         *parts[i].at = at;

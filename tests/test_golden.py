@@ -122,7 +122,12 @@ def test_an_expectation_with_a_broken_step_fails(golden: Golden) -> None:
 
 def test_each_bias_and_norm_moves_the_logits(golden: Golden, tmp_path: Path) -> None:
     """Biases 0 and norms 1: what a step that ignored the tensor would answer."""
-    vectors = [n for n, t in golden.read()[1].items() if len(t.shape) == 1 and "blk.1." not in n]
+    vectors = [
+        n
+        for n, t in golden.read()[1].items()
+        # Of the factors of long and short contexts one or the other is read.
+        if len(t.shape) == 1 and "blk.1." not in n and not n.startswith("rope_factors_")
+    ]
     for name in vectors:
 
         def neutral(tensors: dict[str, Tensor], name: str = name) -> None:
@@ -137,6 +142,8 @@ def uniform(tensors: dict[str, Tensor]) -> None:
     for name, t in tensors.items():
         if "attn_q." in name:
             t.data[:] = 0
+        elif "attn_qkv." in name:
+            t.data[: tensors["blk.0.attn_output.weight"].shape[1]] = 0
 
 
 # Other values of keys; a file that has the key must answer something else.
@@ -158,18 +165,20 @@ OTHER_VALUES = {
     "residual_scale": 1.5,
     "logit_scale": 0.5,
     "expert_used_count": 2,
+    "attention.max_alibi_bias": 4.0,
+    "rope.scaling.attn_factor": 1.7,
 }
 
 
 def test_each_key_moves_the_logits(golden: Golden, tmp_path: Path) -> None:
     keys, tensors = golden.read()
-    if "rope_freqs.weight" in tensors:  # has the length that the key asks for
+    if any(name.startswith("rope_f") for name in tensors):  # has the length that the key asks for
         del keys[f"{golden.arch}.rope.dimension_count"]
     found = {k: v for k, v in OTHER_VALUES.items() if f"{golden.arch}.{k}" in keys}
     assert found
     for key, value in found.items():
         if keys[f"{golden.arch}.{key}"].value == value:
-            value /= 4
+            value = value // 2 if isinstance(value, int) else value / 4
         path = golden.change(tmp_path / "m.gguf", keys={key: value})
         assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) > 100 * EXACT, key
 
@@ -193,6 +202,67 @@ def test_a_head_of_its_own_and_a_tied_one(golden: Golden, tmp_path: Path) -> Non
         for i, e in enumerate((tied, own))
     )
     assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def test_the_context_chooses_ropes_factors(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """Up to the original context the short ones, beyond it the long ones, whatever the text."""
+    golden = convert_golden("phi3-long")
+    ids, original = golden.ids[:100], 128
+
+    def exchange(tensors: dict[str, Tensor]) -> None:
+        a, b = FACTORS
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    exchanged = golden.change(tmp_path / "m.gguf", edit=exchange)
+    got = {
+        (path, ctx): compute(path, ids, ctx=ctx, threads=2).view(np.uint32)
+        for path in (golden.path, exchanged)
+        for ctx in (original, original + 1, None)
+    }
+    assert np.array_equal(got[golden.path, original + 1], got[golden.path, None])
+    assert np.array_equal(got[golden.path, original], got[exchanged, None])
+    assert np.array_equal(got[exchanged, original], got[golden.path, None])
+    assert not np.array_equal(got[golden.path, original], got[golden.path, None])
+
+
+def test_factors_of_rope_come_in_twos_and_without_others(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    golden, path = convert_golden("phi3-long"), tmp_path / "m.gguf"
+    for name in FACTORS:
+        assert name in refusal(golden.change(path, edit=lambda t, name=name: t.pop(name)))
+        assert name in refusal(golden.change(path, edit=lambda t, name=name: zero(t[name])))
+
+    def third(tensors: dict[str, Tensor]) -> None:
+        tensors["rope_freqs.weight"] = tensors[FACTORS[0]]
+
+    assert "rope_freqs.weight" in refusal(golden.change(path, edit=third))
+
+
+def zero(tensor: Tensor) -> None:
+    tensor.data[-1] = 0
+
+
+def test_a_fused_gate_that_does_not_divide_into_panels(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    def cut(tensors: dict[str, Tensor]) -> None:
+        for i in range(2):
+            up, down = (tensors[f"blk.{i}.ffn_{x}.weight"] for x in ("up", "down"))
+            tensors[f"blk.{i}.ffn_up.weight"] = Tensor(up.type, (176, 64), up.data[:176].copy())
+            tensors[f"blk.{i}.ffn_down.weight"] = Tensor(
+                down.type, (64, 88), np.ascontiguousarray(down.data[:, :88])
+            )
+
+    golden = convert_golden("phi3")
+    path = golden.change(tmp_path / "m.gguf", keys={"feed_forward_length": 88}, edit=cut)
+    message = refusal(path)
+    assert "ffn_up.weight holds 88 rows" in message and "16" in message
 
 
 # ---- fused query, key and value ------------------------------------------------------------------
@@ -247,7 +317,8 @@ def test_every_tensor_is_needed_once_and_finite(first: Golden, tmp_path: Path) -
             continue
         if name not in optional:
             message = refusal(first.change(path, edit=lambda t, name=name: t.pop(name)))
-            assert name in message
+            # Without a fused tensor those of its parts are looked for.
+            assert name.replace("attn_qkv.weight", "attn_q.weight") in message
 
         def poison(tensors: dict[str, Tensor], name: str = name) -> None:
             tensors[name].data.reshape(-1)[-1] = NAN
@@ -262,6 +333,11 @@ def test_every_tensor_is_needed_once_and_finite(first: Golden, tmp_path: Path) -
 
 
 FOREIGN = {
+    "falcon": ("blk.0.ffn_norm.weight",),
+    "falcon-new": ("blk.0.ffn_norm.weight",),
+    "gptneox": ("blk.0.attn_norm_2.weight", "position_embd.weight"),
+    "mpt": ("blk.1.attn_norm.bias", "position_embd.weight"),
+    "phi3": ("blk.0.ffn_gate.weight", "blk.0.ffn_gate.bias"),
     "qwen2": ("blk.0.attn_norm.bias", "blk.1.ffn_norm.bias", "output_norm.bias"),
     "phi2": (
         "blk.0.ffn_gate.weight",

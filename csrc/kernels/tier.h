@@ -29,6 +29,7 @@ void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n
 void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, size_t n);
 void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n);
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n);
+void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n);
 void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n);
 void SM_NAME(sm_sigmoid)(float *out, const float *x, size_t n);
 void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n);

@@ -34,6 +34,7 @@ static void rope(const struct sm_attention *a, size_t t, float *x) {
     switch (m->arch->rope) {
     case SM_ROPE_PAIRS: m->kernels->rope_pairs(x, cos, sin, half); break;
     case SM_ROPE_HALVES: m->kernels->rope_halves(x, cos, sin, half); break;
+    case SM_ROPE_NONE: break;
     }
 }
 

@@ -73,7 +73,7 @@ class Config:
 
     @property
     def n_head(self) -> int:
-        return self.integer("num_attention_heads", "n_head", "num_heads")
+        return self.integer("num_attention_heads", "n_head", "num_heads", "n_heads")
 
     @property
     def n_head_kv(self) -> int:
@@ -82,12 +82,12 @@ class Config:
     @property
     def head(self) -> int:
         return self.integer(
-            "head_dim", default=self.integer("hidden_size", "n_embd") // self.n_head
+            "head_dim", default=self.integer("hidden_size", "n_embd", "d_model") // self.n_head
         )
 
     @property
     def n_layer(self) -> int:
-        n = self.integer("num_hidden_layers", "n_layer", "num_layers")
+        n = self.integer("num_hidden_layers", "n_layer", "num_layers", "n_layers")
         if not 1 <= n <= MAX_LAYERS:
             raise CorruptModelError(
                 f"{self.path}: num_hidden_layers is {n}; allowed are 1 to {MAX_LAYERS}"

@@ -185,7 +185,7 @@ def rope_parameters(c: Config) -> dict[str, Any]:
     return parameters
 
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def rope_number(c: Config, parameters: Mapping[str, Any], name: str) -> float:
@@ -250,7 +250,46 @@ def rope(c: Config, rounded: bool = True) -> Keys:
         }
     elif kind == "yarn":
         keys |= yarn(c, parameters, rounded)
+    elif kind == "longrope":
+        keys |= long_rope(c, parameters)
     return keys
+
+
+def long_rope(c: Config, p: Mapping[str, Any]) -> Keys:
+    """The context that the short factors are for, and what lengths are multiplied by: unless the
+    config says, sqrt(1 + log(factor) / log(original context)), or 1 without an extension."""
+    original = original_context(c, p)
+    factor = p.get("factor") or c.integer("max_position_embeddings") / original
+    magnitude = p.get("attention_factor")
+    if magnitude is None:
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "rope.scaling.original_context_length": original,
+        "rope.scaling.attn_factor": float(magnitude),
+    }
+
+
+def original_context(c: Config, p: Mapping[str, Any]) -> int:
+    name = "original_max_position_embeddings"
+    return int(rope_number(c, {**p, name: c.get(name, default=p.get(name))}, name))
+
+
+def long_rope_factors(c: Config) -> dict[str, Array]:
+    """rope_factors_long.weight and rope_factors_short.weight [n_rot / 2]."""
+    p = rope_parameters(c)
+    if p["rope_type"] != "longrope":
+        return {}
+    n_rot = int(c.head * p.get("partial_rotary_factor", 1.0))
+    tensors = {}
+    for which in ("long", "short"):
+        factors = np.asarray(p.get(f"{which}_factor", ()), np.float32)
+        if factors.shape != (n_rot // 2,):
+            raise CorruptModelError(
+                f"{c.path}: {which}_factor of the rope scaling has the shape "
+                f"{list(factors.shape)}; {n_rot // 2} numbers are wanted"
+            )
+        tensors[f"rope_factors_{which}.weight"] = factors
+    return tensors
 
 
 def rope_factors(c: Config) -> dict[str, Array]:
@@ -277,6 +316,64 @@ def rope_factors(c: Config) -> dict[str, Array]:
     return {"rope_freqs.weight": factors.astype(np.float32)}
 
 
+def wide_ffn(c: Config) -> Keys:
+    """Four times the width where the config does not say."""
+    width = c.integer("hidden_size", "n_embd", "d_model")
+    return {"feed_forward_length": c.integer("n_inner", "ffn_hidden_size", default=4 * width)}
+
+
+def neox(c: Config) -> Keys:
+    return {"use_parallel_residual": bool(c.get("use_parallel_residual", default=True))}
+
+
+def neox_rope(c: Config) -> Keys:
+    """A quarter of each head turns where the config does not say."""
+    keys = rope(c)
+    if "partial_rotary_factor" not in rope_parameters(c):
+        keys["rope.dimension_count"] = c.head // 4
+    return keys
+
+
+def falcon_kv(c: Config) -> int:
+    """Heads of keys and values: one, unless the config says that it is a newer model."""
+    if c.get("new_decoder_architecture", default=False):
+        return c.integer("num_kv_heads", "n_head_kv", default=c.n_head)
+    return 1 if c.get("multi_query", default=True) else c.n_head
+
+
+def falcon(c: Config) -> Keys:
+    if not c.get("new_decoder_architecture", default=False) and not c.get(
+        "parallel_attn", default=True
+    ):
+        raise c.refuse("parallel_attn", (True,))
+    # Configs from before `transformers` knew the family do not say how long its context is.
+    return base(Config(c.path, {"max_position_embeddings": 2048, **c.values})) | {
+        "attention.head_count_kv": falcon_kv(c),
+        "tensor_data_layout": "jploski",
+    }
+
+
+def mpt(c: Config) -> Keys:
+    attention = c.get("attn_config", default={})
+    for name, allowed in (
+        ("alibi", True),
+        ("clip_qkv", None),
+        ("softmax_scale", None),
+        ("prefix_lm", False),
+        ("qk_ln", False),
+    ):
+        if attention.get(name, allowed) != allowed:
+            raise UnsupportedModelError(
+                f"{c.path}: attn_config.{name} is {attention[name]!r}; "
+                f"this version takes {allowed!r}"
+            )
+    width = c.integer("d_model") * c.integer("expansion_ratio", default=4)
+    return {
+        "feed_forward_length": width,
+        "attention.max_alibi_bias": float(attention.get("alibi_bias_max", 8)),
+    }
+
+
 # ---- tensors -------------------------------------------------------------------------------------
 
 
@@ -295,6 +392,55 @@ def paired_queries(m: re.Match[str], c: Config) -> list[Piece]:
     layer, which, kind = m.groups()
     n_head = c.n_head if which == "q" else c.n_head_kv
     return [Piece(f"blk.{layer}.attn_{which}.{kind}", pairs(n_head))]
+
+
+def transposed(x: Array) -> Array:
+    return np.ascontiguousarray(x.T)
+
+
+def gpt2_matrix(m: re.Match[str], c: Config) -> list[Piece]:
+    """GPT-2 keeps its matrices [inputs][outputs]."""
+    names = {
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+    }
+    layer, name, kind = m.groups()
+    target = f"blk.{layer}.{names[name]}.{kind}"
+    return [Piece(target, transposed if kind == "weight" else None)]
+
+
+def grouped(n_head: int, n_kv: int) -> Callable[[Array], Array]:
+    """Rows of each kv head's queries, key and value -> those of all queries, keys, values."""
+
+    def make(x: Array) -> Array:
+        heads = x.reshape(n_kv, n_head // n_kv + 2, -1, *x.shape[1:])
+        parts = (heads[:, :-2], heads[:, -2], heads[:, -1])
+        return np.concatenate([p.reshape(-1, *x.shape[1:]) for p in parts])
+
+    return make
+
+
+def grouped_qkv(m: re.Match[str], c: Config) -> list[Piece]:
+    layer, kind = m.groups()
+    return [Piece(f"blk.{layer}.attn_qkv.{kind}", grouped(c.n_head, falcon_kv(c)))]
+
+
+def internlm2_qkv(m: re.Match[str], c: Config) -> list[Piece]:
+    """Queries and keys with rope's partners as neighbours, as the architecture has them."""
+    group, n_kv = c.n_head // c.n_head_kv, c.n_head_kv
+
+    def rows(which: str) -> Callable[[Array], Array]:
+        def make(x: Array) -> Array:
+            heads = x.reshape(n_kv, group + 2, c.head, *x.shape[1:])
+            part = {"q": heads[:, :-2], "k": heads[:, -2], "v": heads[:, -1]}[which]
+            part = part.reshape(-1, *x.shape[1:])
+            return part if which == "v" else pairs(part.shape[0] // c.head)(part)
+
+        return make
+
+    return [Piece(f"blk.{m[1]}.attn_{which}.{m[2]}", rows(which)) for which in "qkv"]
 
 
 def experts(c: Config) -> Keys:
@@ -584,6 +730,81 @@ FAMILIES: tuple[Family, ...] = (
                 lambda m, c: [Piece(f"blk.{m[1]}.attn_sinks.weight")],
             ),
         ),
+    ),
+    Family(
+        "phi3",
+        ("Phi3ForCausalLM",),
+        (base, ffn, rms_norm, rope, sliding_window),
+        expect={"hidden_act": ("silu",)},
+        extra=long_rope_factors,
+    ),
+    Family(
+        "gpt2",
+        ("GPT2LMHeadModel",),
+        (base, wide_ffn, layer_norm),
+        expect={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "scale_attn_weights": (True,),
+            "add_cross_attention": (False,),
+        },
+        rules=(
+            (
+                r"(?:transformer\.)?h\.(\d+)\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)"
+                r"\.(weight|bias)",
+                gpt2_matrix,
+            ),
+            (
+                r"(?:transformer\.)?h\.(\d+)\.ln_([12])\.(weight|bias)",
+                lambda m, c: [Piece(f"blk.{m[1]}.{'attn' if m[2] == '1' else 'ffn'}_norm.{m[3]}")],
+            ),
+            (r"(?:transformer\.)?wte\.weight", lambda m, c: [Piece("token_embd.weight")]),
+            (r"(?:transformer\.)?wpe\.weight", lambda m, c: [Piece("position_embd.weight")]),
+            (r"(?:transformer\.)?ln_f\.(weight|bias)", lambda m, c: [Piece(f"output_norm.{m[1]}")]),
+        ),
+    ),
+    Family(
+        "gptneox",
+        ("GPTNeoXForCausalLM",),
+        (base, ffn, layer_norm, neox_rope, neox),
+        expect={"hidden_act": ("gelu",), "attention_bias": (True,)},
+        rules=(
+            (
+                r"gpt_neox\.layers\.(\d+)\.attention\.query_key_value\.(weight|bias)",
+                lambda m, c: [Piece(f"blk.{m[1]}.attn_qkv.{m[2]}", grouped(c.n_head, c.n_head))],
+            ),
+        ),
+    ),
+    Family(
+        "starcoder2",
+        ("Starcoder2ForCausalLM",),
+        (base, ffn, layer_norm, rope, sliding_window),
+        expect={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)},
+    ),
+    Family(
+        "falcon",
+        ("FalconForCausalLM", "RWForCausalLM"),
+        (falcon, wide_ffn, layer_norm, rope),
+        expect={"activation": ("gelu",), "alibi": (False,), "bias": (False,)},
+        rules=(
+            (
+                r"transformer\.h\.(\d+)\.self_attention\.query_key_value\.(weight|bias)",
+                grouped_qkv,
+            ),
+        ),
+    ),
+    Family(
+        "internlm2",
+        ("InternLM2ForCausalLM",),
+        (base, ffn, rms_norm, rope),
+        expect={"hidden_act": ("silu",), "bias": (False,)},
+        rules=((r"model\.layers\.(\d+)\.attention\.wqkv\.(weight)", internlm2_qkv),),
+    ),
+    Family(
+        "mpt",
+        ("MptForCausalLM", "MPTForCausalLM"),
+        (base, layer_norm, mpt),
+        expect={"no_bias": (True,), "logit_scale": (1.0,)},
     ),
     Family(
         "phi2",

@@ -1001,6 +1001,22 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.geglu(got, got, w, n);
         compare(tiers[i].name, "geglu in place", got, want, n);
     }
+    for (size_t i = 0; i < n; i++) {
+        static const float Q[] = SM_GELU_ERF_Q;
+        float t = 1.0f / sm_fma(SM_GELU_ERF_P, fabsf(x[i]), 1.0f), q = Q[0];
+        for (size_t j = 1; j < SM_COUNT(Q); j++) q = sm_fma(q, t, Q[j]);
+        float h = sm_expf(-(x[i] * x[i] * 0.5f)) * (q * t);
+        want[i] = x[i] < 0 ? x[i] * h : sm_fma(-x[i], h, x[i]);
+        double v = x[i], exact = 0.5 * v * erfc(-v * 0.70710678118654752);
+        if (fabs(want[i] - exact) > 2e-7 * fabs(v) + 1e-37) fail("gelu_erf", "not the exact form");
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.gelu_erf(got, x, n);
+        compare(tiers[i].name, "gelu_erf", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.gelu_erf(got, got, n);
+        compare(tiers[i].name, "gelu_erf in place", got, want, n);
+    }
     float cap = 1.0f + fabsf(a) * 50;
     for (size_t i = 0; i < n; i++) {
         want[i] = ref_softcap(x[i], cap);

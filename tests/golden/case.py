@@ -77,8 +77,9 @@ def rope_on_pairs(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) ->
     sin = sin[..., :half].repeat_interleave(2, -1).unsqueeze(unsqueeze_dim)
 
     def turn(x: Any) -> Any:
+        x, rest = x[..., : 2 * half], x[..., 2 * half :]
         swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-        return x * cos + swapped * sin
+        return torch.cat((x * cos + swapped * sin, rest), -1)
 
     return turn(q), turn(k)
 

@@ -79,6 +79,16 @@ void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = gelu(x[i]);
 }
 
+void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n) {
+    static const float Q[] = SM_GELU_ERF_Q;
+    for (size_t i = 0; i < n; i++) {
+        float t = 1.0f / sm_fma(SM_GELU_ERF_P, fabsf(x[i]), 1.0f), q = Q[0];
+        for (size_t j = 1; j < SM_COUNT(Q); j++) q = sm_fma(q, t, Q[j]);
+        float h = sm_expf(-(x[i] * x[i] * 0.5f)) * (q * t);
+        out[i] = x[i] < 0 ? x[i] * h : sm_fma(-x[i], h, x[i]);
+    }
+}
+
 void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = sm_softcap(x[i], cap);
 }

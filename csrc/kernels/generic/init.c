@@ -20,6 +20,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
         .swiglu_clamped = SM_NAME(sm_swiglu_clamped),
         .geglu = SM_NAME(sm_geglu),
         .gelu = SM_NAME(sm_gelu),
+        .gelu_erf = SM_NAME(sm_gelu_erf),
         .softcap = SM_NAME(sm_softcap),
         .sigmoid = SM_NAME(sm_sigmoid),
         .scale = SM_NAME(sm_scale),

@@ -15,6 +15,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->swiglu_clamped = SM_NAME(sm_swiglu_clamped);
     k->geglu = SM_NAME(sm_geglu);
     k->gelu = SM_NAME(sm_gelu);
+    k->gelu_erf = SM_NAME(sm_gelu_erf);
     k->softcap = SM_NAME(sm_softcap);
     k->peaks = SM_NAME(sm_peaks);
     SM_NAME(sm_init_matmul)(k);
