@@ -172,8 +172,6 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     h->yarn.magnitude = read_float(r, "rope.scaling.yarn_attn_factor", 1, 0, 1e3);
     if (read_float(r, "rope.scaling.yarn_ext_factor", 1, -1e6, 1e6) != 1)
         refuse(r, r->key, "not 1", "1");
-    if (read_float(r, "rope.scaling.yarn_log_multiplier", 0, -1e6, 1e6) != 0)
-        refuse(r, r->key, "not 0", "0");
 }
 
 /* expert_*: how many, how large, how they are chosen. */
@@ -244,6 +242,7 @@ static void read_scales(struct reader *r, struct sm_hparams *h) {
 /* Keys of steps that this version does not run: 0 where they are there. */
 static const char *const steps_not_run[] = {
     "attention.clamp_kqv", "attention.temperature_scale", "router_logit_softcapping",
+    "rope.scaling.yarn_log_multiplier",
 };
 
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,

@@ -26,7 +26,7 @@ enum need {
 #define BIAS_IF(rule) (arch->bias >= (rule) ? REQUIRED : OPTIONAL)
 #define BIAS BIAS_IF(SM_BIAS_LAYERS)
 #define BIAS_QKV BIAS_IF(SM_BIAS_QKV)
-#define GATED (arch->ffn != SM_FFN_GELU)
+#define GATED (arch->ffn < SM_FFN_GELU) /* arch.h has the gated kinds first */
 #define DENSE (h->n_expert == 0)
 #define SHARED (h->n_ff_shared > 0)
 #define NORMS_BEFORE (arch->norms != SM_NORMS_AFTER)
