@@ -59,6 +59,9 @@ static const struct sm_arch archs[] = {
     {.name = "gpt-oss", .models = "gpt-oss", .rope = SM_ROPE_HALVES, .yarn_exact = true,
      .window_period = 2, .sinks = true, .ffn_norm = "post_attention_norm.weight",
      .ffn = SM_FFN_SWIGLU_CLAMPED, .bias = SM_BIAS_LAYERS, .router = SM_ROUTER_CHOSEN},
+    {.name = "lfm2", .models = "LFM2", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_HEAD,
+     .output_norm = "token_embd_norm.weight"},
+    {.name = "mamba2", .models = "Mamba 2, Codestral Mamba"},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -199,6 +202,70 @@ static void read_experts(struct reader *r, struct sm_hparams *h) {
     h->router = normed || function == SOFTMAX_OF_CHOSEN ? SM_ROUTER_CHOSEN : SM_ROUTER_ALL;
 }
 
+/* The sizes of what carries a state: a convolution's, or a state space's. */
+static void read_mixers(struct reader *r, struct sm_hparams *h) {
+    h->conv_kernel = read_int(r, "shortconv.l_cache", 0, 2, SM_TAPS_MAX);
+    h->conv_width = h->n_embd;
+    h->ssm_group = 1;
+    int inner = read_int(r, "ssm.inner_size", 0, 1, 1 << 18);
+    if (inner == 0) return;
+    h->conv_kernel = read_int(r, "ssm.conv_kernel", NO_DEFAULT, 2, SM_TAPS_MAX);
+    h->ssm_state = read_int(r, "ssm.state_size", NO_DEFAULT, 1, 1 << 12);
+    h->n_ssm_head = read_int(r, "ssm.time_step_rank", NO_DEFAULT, 1, 1 << 12);
+    h->ssm_group = read_int(r, "ssm.group_count", NO_DEFAULT, 1, 1 << 12);
+    if (r->status != SMALLM_OK) return;
+    if (inner % h->n_ssm_head != 0 || inner / h->n_ssm_head > SM_HEAD_MAX ||
+        h->n_ssm_head % h->ssm_group != 0) {
+        r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
+                            "%s: %s.ssm: inner_size %d in %d heads (time_step_rank) in %d groups; "
+                            "allowed are whole heads of at most %d values in equal groups",
+                            sm_gguf_path(r->g), r->arch->name, inner, h->n_ssm_head, h->ssm_group,
+                            SM_HEAD_MAX);
+        return;
+    }
+    h->ssm_head = inner / h->n_ssm_head;
+    h->conv_width = inner + 2 * h->ssm_group * h->ssm_state;
+}
+
+/* attention.head_count and head_count_kv, the latter one number or one for each layer: layers
+ * without kv heads carry a state, where the file has one. */
+static void read_heads(struct reader *r, struct sm_hparams *h) {
+    int least = h->conv_kernel > 0 ? 0 : 1;
+    h->n_head = read_int(r, "attention.head_count", NO_DEFAULT, least, 1024);
+    if (r->status != SMALLM_OK) return;
+    const char *key = full_key(r, "attention.head_count_kv");
+    size_t at = sm_gguf_find(r->g, key);
+    struct sm_gguf_array each = {.n = 0};
+    if (at != SIZE_MAX && sm_gguf_kind(r->g, at) == SM_GGUF_ARRAY)
+        r->status = sm_gguf_get_array(r->g, key, &each, r->err);
+    else
+        h->n_head_kv = read_int(r, "attention.head_count_kv", h->n_head, least, h->n_head);
+    if (r->status != SMALLM_OK) return;
+    bool numbers = each.kind <= SM_GGUF_I32 || each.kind == SM_GGUF_U64 || each.kind == SM_GGUF_I64;
+    if (each.data != NULL && (each.n != (size_t)h->n_layer || !numbers)) {
+        r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
+                            "%s: %s has %zu values of kind %s; allowed is one number or %d whole ones",
+                            sm_gguf_path(r->g), key, each.n, sm_gguf_kind_name(each.kind), h->n_layer);
+        return;
+    }
+    for (int i = 0; i < h->n_layer; i++) {
+        int64_t n = each.n > 0 ? sm_gguf_array_int(&each, (size_t)i) : h->n_head_kv;
+        if (n < least || n > h->n_head || (n > 0 && h->n_head_kv > 0 && n != h->n_head_kv)) {
+            bool other = n > 0 && n <= h->n_head;
+            r->status = sm_fail(r->err, other ? SMALLM_E_UNSUPPORTED : SMALLM_E_CORRUPT,
+                                "%s: %s is %lld in layer %d; allowed are %d to %d, and in all layers "
+                                "with kv heads the same", sm_gguf_path(r->g), key, (long long)n, i,
+                                least, h->n_head);
+            return;
+        }
+        if (n > 0) h->n_head_kv = (int)n;
+        h->recurrent[i] = n == 0;
+        if (n == 0) h->n_state_layer++;
+        else h->n_kv_layer++;
+    }
+    if (h->n_kv_layer == 0) h->n_head = 0;
+}
+
 /* The window's size, and which layers have it: a period or a flag for each layer. */
 static void read_window(struct reader *r, struct sm_hparams *h) {
     h->window = read_int(r, "attention.sliding_window", r->arch->window, 0, 1 << 24);
@@ -253,9 +320,9 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->n_ctx_train = read_int(&r, "context_length", NO_DEFAULT, 1, 1 << 24);
     h->n_embd = read_int(&r, "embedding_length", NO_DEFAULT, 1, 1 << 16);
     h->n_layer = read_int(&r, "block_count", NO_DEFAULT, 1, SM_LAYERS_MAX);
-    h->n_ff = read_int(&r, "feed_forward_length", NO_DEFAULT, 1, 1 << 18);
-    h->n_head = read_int(&r, "attention.head_count", NO_DEFAULT, 1, 1024);
-    h->n_head_kv = read_int(&r, "attention.head_count_kv", h->n_head, 1, h->n_head);
+    read_mixers(&r, h);
+    read_heads(&r, h);
+    h->n_ff = read_int(&r, "feed_forward_length", NO_DEFAULT, h->n_kv_layer > 0 ? 1 : 0, 1 << 18);
     read_window(&r, h);
     h->norm_eps = (float)read_float(&r, arch->norm == SM_NORM_RMS ? "attention.layer_norm_rms_epsilon"
                                                                   : "attention.layer_norm_epsilon",
@@ -272,14 +339,16 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     if (r.status != SMALLM_OK) return r.status;
 
     const char *path = sm_gguf_path(g);
-    if (h->n_head % h->n_head_kv != 0)
+    bool attends = h->n_kv_layer > 0;
+    if (attends && h->n_head % h->n_head_kv != 0)
         return sm_fail(err, SMALLM_E_CORRUPT,
                        "%s: %s.attention.head_count_kv is %d, which does not divide head_count %d",
                        path, arch->name, h->n_head_kv, h->n_head);
-    if (h->n_head / h->n_head_kv > SM_ATTEND_MAX)
+    if (attends && h->n_head / h->n_head_kv > SM_ATTEND_MAX)
         return sm_fail(err, SMALLM_E_UNSUPPORTED, "%s: %d query heads share a kv head; allowed are %d",
                        path, h->n_head / h->n_head_kv, SM_ATTEND_MAX);
-    h->head = read_int(&r, "attention.key_length", h->n_embd / h->n_head, 1, SM_HEAD_MAX);
+    int head = attends ? h->n_embd / h->n_head : 0;
+    h->head = read_int(&r, "attention.key_length", head, 1, SM_HEAD_MAX);
     int value_length = read_int(&r, "attention.value_length", h->head, 1, SM_HEAD_MAX);
     h->n_rot = read_int(&r, "rope.dimension_count", h->head, 2, SM_HEAD_MAX);
     read_experts(&r, h);
@@ -317,6 +386,12 @@ struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hp
     bool turns = arch->unturned_period == 0 || (layer + 1) % arch->unturned_period != 0;
     if (arch->rope == SM_ROPE_NONE) turns = false;
     if (arch->turns_windows && h->window > 0) turns = windowed;
+    int rank = 0;
+    for (int i = 0; i < layer; i++) rank += h->recurrent[i] == h->recurrent[layer];
     return (struct sm_layer_plan){.window = windowed ? h->window : 0,
-                                  .rope = !turns ? -1 : h->n_rope == 2 && windowed ? 1 : 0};
+                                  .rope = !turns ? -1 : h->n_rope == 2 && windowed ? 1 : 0,
+                                  .mixer = !h->recurrent[layer] ? SM_MIXER_ATTENTION
+                                           : h->n_ssm_head > 0  ? SM_MIXER_SSM
+                                                                : SM_MIXER_CONV,
+                                  .rank = rank};
 }

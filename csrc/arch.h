@@ -62,6 +62,13 @@ enum sm_router_kind {
     SM_ROUTER_CHOSEN /* the chosen ones; the same as over all and then divided by their sum */
 };
 
+/* What mixes the tokens of a layer: attention where it has kv heads, else what the file has keys of. */
+enum sm_mixer {
+    SM_MIXER_ATTENTION,
+    SM_MIXER_CONV, /* gated causal convolution over a few tokens */
+    SM_MIXER_SSM   /* selective state space */
+};
+
 struct sm_arch {
     const char *name;   /* general.architecture, and the prefix of its keys */
     const char *models; /* published ones that have it, for people */
@@ -87,6 +94,7 @@ struct sm_arch {
     bool scaled_embeddings; /* by sqrt(n_embd) */
     bool divided_logits;    /* by logit_scale, where others are multiplied */
     double attn_cap, logit_cap; /* soft caps of files that do not name theirs; 0: none */
+    const char *output_norm; /* the tensor's name where it is not output_norm.weight; else NULL */
     int wide_layers;    /* models of so many layers scale scores by (n_embd / n_head)^(-1/2) */
 };
 
@@ -102,9 +110,11 @@ struct sm_yarn {
 
 struct sm_hparams {
     int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;
+    int n_kv_layer, n_state_layer; /* layers with attention, and the others */
     int head;           /* size of one head's q, k and v */
     int n_rot;          /* leading dimensions of a head that rope turns, even */
     int window;         /* positions a query sees in layers with a window, its own included */
+    bool recurrent[SM_LAYERS_MAX]; /* [n_layer] whether a layer carries a state in place of K and V */
     bool windowed[SM_LAYERS_MAX]; /* [n_layer] whether a layer has a window */
     int n_expert, n_used;       /* experts of a layer, and of them those that a token uses; 0: none */
     int n_ff_expert, n_ff_shared; /* of one expert, and of the expert that all tokens use */
@@ -122,6 +132,9 @@ struct sm_hparams {
     float attn_scale;   /* of scores */
     float attn_cap, logit_cap; /* soft caps of scores and logits; 0: none */
     float embed_scale, residual_scale, logit_scale; /* of embeddings, what layers add to x, logits */
+    int conv_kernel, conv_width; /* of recurrent layers: taps, and channels that are convolved */
+    int n_ssm_head;     /* of state spaces: heads; 0: recurrent layers convolve and no more; */
+    int ssm_head, ssm_state, ssm_group; /* a head's values, states of a value, groups that share b and c */
     double max_alibi;   /* of ALiBi's slopes; 0: no ALiBi */
 };
 
@@ -129,6 +142,8 @@ struct sm_hparams {
 struct sm_layer_plan {
     int window; /* positions a query sees, its own included; 0: all */
     int rope;   /* the table of angles; -1: q and k do not turn */
+    enum sm_mixer mixer;
+    int rank;   /* among the layers with a cache of its kind */
 };
 
 /* The row the file asks for.  SMALLM_E_UNSUPPORTED lists those there are. */
@@ -138,6 +153,15 @@ int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_err
  * missing: the tokenizer decides. */
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
                  smallm_error *err);
+
+/* Of recurrent layers: values of a token that the first product makes, and that the second reads. */
+static inline int sm_mixer_in(const struct sm_hparams *h) {
+    return h->n_ssm_head > 0 ? h->n_ssm_head * h->ssm_head + h->conv_width + h->n_ssm_head
+                             : 3 * h->conv_width;
+}
+static inline int sm_mixer_out(const struct sm_hparams *h) {
+    return h->n_ssm_head > 0 ? h->n_ssm_head * h->ssm_head : h->conv_width;
+}
 
 struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hparams *h, int layer);
 

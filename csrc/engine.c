@@ -441,6 +441,7 @@ static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
         for (smallm_request *o = e->active.first; o; o = o->next) {
             if (!o->seq || !same_adaptation(o->adaptation, r->adaptation)) continue;
             n = common_prefix(o->tokens, (int32_t)sm_seq_length(o->seq), r->tokens, n_most);
+            n = sm_seq_reach(e->session, o->seq, n);
             if (n > n_best) {
                 n_best = n;
                 source = o->seq;
@@ -449,6 +450,7 @@ static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
         for (int i = 0; i < e->n_kept; i++) {
             if (!same_adaptation(e->kept[i].adaptation, r->adaptation)) continue;
             n = common_prefix(e->kept[i].tokens, e->kept[i].n, r->tokens, n_most);
+            n = sm_seq_reach(e->session, e->kept[i].seq, n);
             if (n > n_best) {
                 n_best = n;
                 source = e->kept[i].seq;

@@ -117,8 +117,20 @@ static void attend(const struct sm_pass *p, int index, const struct sm_source *s
     add_product(p, &attended, &layer->wo, layer->bo, layer->post_attn_norm);
 }
 
-/* x = x + attend(norm(x)); x = x + feed(norm(x)); parallel: both norms are of the same x, and the
- * feed-forward's is the attention's where it has none of its own */
+/* x = x + W_out conv(W_in s), or a state space in place of the convolution */
+static void recur(const struct sm_pass *p, int index, const struct sm_source *s) {
+    const struct sm_layer *layer = &p->model->layers[index];
+    bool scans = layer->plan.mixer == SM_MIXER_SSM;
+    const struct sm_product in = {.w = scans ? &layer->ssm_in : &layer->conv_in, .out = p->buffers->mix,
+                                  .stride = (size_t)sm_mixer_in(&p->model->h)};
+    sm_ops_project(p->ops, p->batch->n, s, &in, 1);
+    struct sm_source mixed;
+    (scans ? sm_mixer_ssm : sm_mixer_conv)(p, index, &mixed);
+    add_product(p, &mixed, scans ? &layer->ssm_out : &layer->conv_out, NULL, layer->post_attn_norm);
+}
+
+/* x = x + mix(norm(x)); x = x + feed(norm(x)), where there is a feed-forward; parallel: both norms
+ * are of the same x, and the feed-forward's is the mixer's where it has none of its own */
 static void run_layer(const struct sm_pass *p, int index) {
     const struct sm_model *m = p->model;
     const struct sm_layer *layer = &m->layers[index];
@@ -128,7 +140,9 @@ static void run_layer(const struct sm_pass *p, int index) {
                                ? mixed
                                : norm(m, x, layer->ffn_norm, layer->ffn_norm_b);
     if (layer->parallel) expand(p, layer, &fed); /* before attention adds to x */
-    attend(p, index, &mixed);
+    if (layer->plan.mixer == SM_MIXER_ATTENTION) attend(p, index, &mixed);
+    else recur(p, index, &mixed);
+    if (layer->w_down.n_rows == 0 && m->h.n_expert == 0) return;
     if (m->h.n_expert > 0) {
         sm_feed_experts(p, layer, &fed);
         return;

@@ -11,6 +11,14 @@ struct sm_block {
     size_t first, n;
 };
 
+/* All tokens of one sequence, and the states (cache.h) of recurrent layers around them. */
+struct sm_run {
+    size_t first, n;
+    const float *from; /* before the tokens; NULL: the text begins here */
+    float *mid;        /* to be written: before the last token; NULL: not wanted */
+    float *to;         /* to be written: after all */
+};
+
 struct sm_batch {
     size_t n;
     const int32_t *tokens;      /* [n] */
@@ -19,6 +27,8 @@ struct sm_batch {
     const struct sm_block *blocks; /* [n_blocks], at most SM_ATTEND_MAX / (heads per kv head) tokens each */
     size_t n_blocks;
     const struct sm_adaptation *adaptations; /* [n], or NULL: no token has an adapter */
+    const struct sm_run *runs;  /* [n_runs] */
+    size_t n_runs;
     bool alone;                 /* at most SM_ALONE_MAX tokens, each of another sequence: decode */
     const size_t *wanted;       /* [n_wanted] tokens whose logits are asked for */
     float *const *logits;       /* [n_wanted] pointers to [n_vocab], */
@@ -35,6 +45,7 @@ struct sm_buffers {
     float *y;          /* [n][n_embd] what is normed before it adds to x; only where there are such norms */
     float *q;          /* [n][n_head * head], then attention's result */
     float *k, *v;      /* [n][n_head_kv * head] */
+    float *mix;        /* [n][sm_mixer_in] of recurrent layers */
     float *h;          /* [n][n_ff]; experts: see experts.c */
     struct sm_router *router; /* where there are experts, else NULL */
     float *cos, *sin;  /* [n][n_rope][n_rot / 2] */
@@ -67,12 +78,28 @@ void sm_feed_experts(const struct sm_pass *p, const struct sm_layer *layer,
 /* What the attention of one layer needs until its result has been read. */
 struct sm_attention {
     const struct sm_pass *p;
-    int layer;
+    int layer;                   /* among those of the cache's pages */
     const struct sm_layer *weights;
     size_t group;                /* query heads of a kv head */
     size_t head, n_head_kv;
     size_t items_before[SM_ALONE_MAX + 1]; /* decode: items of earlier tokens; [n] is their number */
 };
+
+/* What mixers/conv.c convolves: conv_width channels of each row. */
+struct sm_convolution {
+    float *rows;         /* [n][stride] in and out */
+    size_t stride;
+    const float *weight; /* [conv_kernel][conv_width] */
+    const float *bias;   /* [conv_width] or NULL */
+    /* x = b * x before and y = c * y after, with b and c in a row before x; else y = silu(y) after */
+    bool gates;
+};
+void sm_mixer_convolve(const struct sm_pass *p, int layer, const struct sm_convolution *c);
+
+/* mixers/conv.c, mixers/ssm.c: buffers->mix of the batch -> *out, a source of rows [sm_mixer_out].
+ * The states after each run, and in its middle, are written. */
+void sm_mixer_conv(const struct sm_pass *p, int layer, struct sm_source *out);
+void sm_mixer_ssm(const struct sm_pass *p, int layer, struct sm_source *out);
 
 /* mixers/attention.c: q, k, v of the batch -> *out, a source of rows [n_head * head] that is good
  * as long as *a is.  K and V enter the cache. */

@@ -27,21 +27,27 @@ enum need {
 #define BIAS BIAS_IF(SM_BIAS_LAYERS)
 #define BIAS_QKV BIAS_IF(SM_BIAS_QKV)
 #define GATED (arch->ffn < SM_FFN_GELU) /* arch.h has the gated kinds first */
-#define DENSE (h->n_expert == 0)
+#define EXPERTS (h->n_expert > 0)
+#define DENSE (!EXPERTS && h->n_ff > 0)
+#define ATTENDS (layer->plan.mixer == SM_MIXER_ATTENTION)
+#define CONVOLVES (layer->plan.mixer == SM_MIXER_CONV)
+#define SCANS (layer->plan.mixer == SM_MIXER_SSM)
+#define SINKS (arch->sinks ? REQUIRED : OPTIONAL)
 #define SHARED (h->n_ff_shared > 0)
 #define NORMS_BEFORE (arch->norms != SM_NORMS_AFTER)
 #define NORMS_AFTER (arch->norms != SM_NORMS_BEFORE)
 #define HAS(suffix) has_tensor(l, index, suffix)
 /* Norms of single heads are there for q and k, or for neither. */
 #define QK_NORM(other)                                                               \
-    (arch->qk_norm != SM_QK_NORM_HEADS ? IF(arch->qk_norm != SM_QK_NORM_NONE)          \
-                                       : HAS(other) ? REQUIRED : OPTIONAL)
+    (!ATTENDS || arch->qk_norm == SM_QK_NORM_NONE ? ABSENT                            \
+     : arch->qk_norm != SM_QK_NORM_HEADS || HAS(other) ? REQUIRED : OPTIONAL)
 #define FFN_NORM                                                                     \
-    (!NORMS_BEFORE || arch->parallel == SM_PARALLEL_SHARED ? ABSENT                   \
+    (!NORMS_BEFORE || !(DENSE || EXPERTS) || arch->parallel == SM_PARALLEL_SHARED ? ABSENT \
      : arch->parallel == SM_PARALLEL_SECOND ? IF(SECOND)                                \
      : arch->parallel == SM_PARALLEL_IF_SHARED ? OPTIONAL : REQUIRED)
 #define SECOND (arch->parallel == SM_PARALLEL_SECOND && HAS("attn_norm_2.weight"))
 #define FUSED (layer->wqkv.n_rows > 0)
+#define SPLIT (ATTENDS && !FUSED)
 
 /* One tensor to be read: into a matrix's panels, into a vector, or only judged. */
 struct job {
@@ -179,6 +185,7 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     const struct sm_arch *arch = l->m->arch;
     char name[SM_NAME_MAX];
     int status;
+    layer->plan = sm_arch_plan(arch, h, index);
 #define SM_VECTOR(field, suffix, need, length)                                       \
     snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
     status = bind_vector(l, name, need, (size_t)(length), &layer->field);            \
@@ -201,7 +208,6 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
 #undef SM_ROWS
 #undef SM_MATRIX
 #undef SM_EXPERTS
-    layer->plan = sm_arch_plan(arch, h, index);
     layer->parallel = arch->parallel == SM_PARALLEL_SHARED || arch->parallel == SM_PARALLEL_SECOND ||
                       (arch->parallel == SM_PARALLEL_KEY && h->parallel) ||
                       (arch->parallel == SM_PARALLEL_IF_SHARED && !HAS("ffn_norm.weight"));
@@ -215,6 +221,20 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
         return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
                        "%s: the tensor blk.%d.ffn_up.weight holds %d rows of the gate; allowed are "
                        "multiples of %d", sm_gguf_path(l->g), index, h->n_ff, SM_PANEL_ROWS);
+    return SMALLM_OK;
+}
+
+/* A convolution's weights [channels][taps] -> [taps][channels]: what kernels read lies together. */
+static int turn_conv(struct loader *l, float *w) {
+    size_t taps = (size_t)l->m->h.conv_kernel, width = (size_t)l->m->h.conv_width;
+    if (w == NULL) return SMALLM_OK;
+    float *file = sm_alloc(taps * width * sizeof *file);
+    if (file == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
+    memcpy(file, w, taps * width * sizeof *file);
+    for (size_t j = 0; j < taps; j++)
+        for (size_t i = 0; i < width; i++) w[j * width + i] = file[i * taps + j];
+    sm_free(file);
     return SMALLM_OK;
 }
 
@@ -279,7 +299,8 @@ static int bind_all(struct loader *l, float **rope_factors) {
     if (status != SMALLM_OK) return status;
     status = bind_vector(l, "output.bias", BIAS_IF(SM_BIAS_EVERYWHERE), n_vocab, &m->head_bias);
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "output_norm.weight", REQUIRED, n_embd, &m->output_norm);
+    status = bind_vector(l, arch->output_norm != NULL ? arch->output_norm : "output_norm.weight", REQUIRED,
+                         n_embd, &m->output_norm);
     if (status != SMALLM_OK) return status;
     status = bind_vector(l, "output_norm.bias", IF(arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
@@ -594,7 +615,12 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     if (status != SMALLM_OK) return status;
     status = pack_all(l, n_threads, params->memory_limit);
     if (status != SMALLM_OK) return status;
-    for (int i = 0; i < m->h.n_layer; i++) split_fused(&m->h, &m->layers[i]);
+    for (int i = 0; i < m->h.n_layer && status == SMALLM_OK; i++) {
+        split_fused(&m->h, &m->layers[i]);
+        status = turn_conv(l, m->layers[i].plan.mixer == SM_MIXER_SSM ? m->layers[i].ssm_conv
+                                                                       : m->layers[i].conv);
+    }
+    if (status != SMALLM_OK) return status;
     status = make_rope_freqs(l, rope_factors);
     if (status != SMALLM_OK) return status;
     status = make_slopes(l);

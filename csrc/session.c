@@ -23,6 +23,7 @@ struct sm_session {
     struct sm_seq **seqs;
     struct sm_adaptation *adaptations;
     struct sm_block *blocks;
+    struct sm_run *runs;
     size_t *wanted;
     float **logits, **peaks;
     const uint32_t **allowed;
@@ -44,6 +45,7 @@ static int allocate(struct sm_session *s, smallm_error *err) {
         float **at;
         size_t n, width;
     } const parts[] = {
+        {&s->buffers.mix, n, h->n_state_layer > 0 ? (size_t)sm_mixer_in(h) : 0},
         {&s->buffers.x, n, n_embd}, {&s->buffers.q, n, q_size}, {&s->buffers.k, n, kv_size},
         {&s->buffers.v, n, kv_size}, {&s->buffers.h, n_rows, n_ff}, {&s->buffers.wanted, n, n_embd},
         {&s->buffers.cos, n, n_angles}, {&s->buffers.sin, n, n_angles},
@@ -59,13 +61,14 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     s->seqs = sm_calloc(n, sizeof s->seqs[0]);
     s->adaptations = sm_calloc(n, sizeof s->adaptations[0]);
     s->blocks = sm_calloc(n, sizeof s->blocks[0]);
+    s->runs = sm_calloc(n, sizeof s->runs[0]);
     s->wanted = sm_calloc(n, sizeof s->wanted[0]);
     s->logits = sm_calloc(n, sizeof s->logits[0]);
     s->peaks = sm_calloc(n, sizeof s->peaks[0]);
     s->allowed = sm_calloc(n, sizeof s->allowed[0]);
     if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->seqs == NULL ||
-        s->blocks == NULL || s->wanted == NULL || s->logits == NULL || s->peaks == NULL ||
-        s->allowed == NULL || s->adaptations == NULL)
+        s->blocks == NULL || s->runs == NULL || s->wanted == NULL || s->logits == NULL ||
+        s->peaks == NULL || s->allowed == NULL || s->adaptations == NULL)
         return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
     s->buffers.freqs = sm_model_rope_freqs(s->model, s->params.n_ctx);
     float *at = s->floats;
@@ -78,6 +81,7 @@ static int allocate(struct sm_session *s, smallm_error *err) {
         if (status != SMALLM_OK) return status;
     }
     size_t k_max = SM_MAX(SM_MAX(n_embd, q_size), n_ff);
+    if (h->n_state_layer > 0) k_max = SM_MAX(k_max, (size_t)sm_mixer_out(h));
     return sm_ops_new(s->params.n_threads, n_rows, k_max, s->model->kernels, s->params.timed,
                       &s->ops, err);
 }
@@ -122,6 +126,7 @@ void sm_session_free(struct sm_session *s) {
     sm_free(s->seqs);
     sm_free(s->adaptations);
     sm_free(s->blocks);
+    sm_free(s->runs);
     sm_free(s->wanted);
     sm_free(s->logits);
     sm_free(s->peaks);
@@ -144,7 +149,7 @@ int sm_seq_fork(struct sm_session *s, const struct sm_seq *src, int n, struct sm
     if (n < 0 || n > src->n)
         status = sm_fail(err, SMALLM_E_ARGUMENT, "fork at position %d; the sequence holds %d", n, src->n);
     else
-        status = sm_cache_share(*out, src, n, err);
+        status = sm_cache_share(&s->cache, *out, src, sm_cache_reach(&s->cache, src, n), err);
     if (status != SMALLM_OK) {
         sm_seq_free(s, *out);
         *out = NULL;
@@ -153,14 +158,18 @@ int sm_seq_fork(struct sm_session *s, const struct sm_seq *src, int n, struct sm
 }
 
 void sm_seq_rewind(struct sm_session *s, struct sm_seq *seq, int n) {
-    sm_cache_truncate(&s->cache, seq, n);
+    sm_cache_truncate(&s->cache, seq, sm_cache_reach(&s->cache, seq, n));
+}
+
+int sm_seq_reach(const struct sm_session *s, const struct sm_seq *seq, int n) {
+    return sm_cache_reach(&s->cache, seq, n);
 }
 
 int sm_seq_length(const struct sm_seq *seq) { return seq->n; }
 
 void sm_seq_free(struct sm_session *s, struct sm_seq *seq) {
     if (seq == NULL) return;
-    sm_cache_truncate(&s->cache, seq, 0);
+    sm_cache_drop(&s->cache, seq);
     sm_free(seq->pages);
     sm_free(seq);
 }
@@ -228,9 +237,10 @@ static int reserve_partial(struct sm_session *s, const struct sm_batch *batch, s
 static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_spans,
                        struct sm_batch *batch) {
     const struct sm_hparams *h = &s->model->h;
-    size_t block_tokens = (size_t)(SM_ATTEND_MAX / (h->n_head / h->n_head_kv));
+    size_t group = h->n_kv_layer > 0 ? (size_t)(h->n_head / h->n_head_kv) : 1;
+    size_t block_tokens = SM_ATTEND_MAX / group;
     *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .seqs = s->seqs,
-                               .blocks = s->blocks, .wanted = s->wanted, .logits = s->logits,
+                               .blocks = s->blocks, .runs = s->runs, .wanted = s->wanted, .logits = s->logits,
                                .peaks = s->peaks, .allowed = s->allowed, .alone = true};
     for (int i = 0; i < n_spans; i++) {
         const struct sm_span *span = &spans[i];
@@ -251,6 +261,12 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
                 s->logits[batch->n_wanted++] = span->logits + row * (size_t)h->n_vocab;
             }
         }
+        const struct sm_seq *seq = span->seq;
+        s->runs[batch->n_runs++] =
+            (struct sm_run){.first = batch->n, .n = n,
+                            .from = seq->state != NULL ? seq->state->data : NULL,
+                            .mid = seq->mid != NULL ? seq->mid->data : NULL,
+                            .to = seq->next != NULL ? seq->next->data : NULL};
         for (size_t t = 0; t < n; t += block_tokens)
             s->blocks[batch->n_blocks++] =
                 (struct sm_block){.first = batch->n + t, .n = SM_MIN(block_tokens, n - t)};
@@ -287,7 +303,8 @@ int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_span
                                     "type cannot represent this text");
     default: return sm_fail(err, status, "an embedding could not be read from the model's file");
     }
-    for (int i = 0; i < n_spans; i++) spans[i].seq->n += spans[i].n;
+    for (int i = 0; i < n_spans; i++)
+        sm_cache_commit(&s->cache, spans[i].seq, spans[i].seq->n + spans[i].n);
     return SMALLM_OK;
 }
 

@@ -11,7 +11,7 @@
 #include "timers.h"
 
 struct sm_session;
-struct sm_seq; /* the tokens' K and V of one text; pages are shared between forks */
+struct sm_seq; /* what layers keep of one text's tokens; shared between forks */
 
 struct sm_session_params {
     int n_threads, n_ctx, n_batch, kv_type; /* all resolved: no zeros */
@@ -24,10 +24,16 @@ int sm_session_new(const struct sm_model *model, const struct sm_session_params 
 void sm_session_free(struct sm_session *s); /* NULL allowed; free its sequences first */
 
 int sm_seq_new(struct sm_session *s, struct sm_seq **out, smallm_error *err); /* empty */
-/* A new sequence holding the first n positions of src. */
+/* A sequence can be cut anywhere; but where layers are recurrent, what they know of a text cannot be
+ * taken back, and only some earlier states are kept.  A sequence that is cut then holds fewer
+ * positions than asked for, and its caller runs the tokens in between again: sm_seq_length tells.
+ *
+ * How many of the first n <= length positions a fork or a rewound sequence holds. */
+int sm_seq_reach(const struct sm_session *s, const struct sm_seq *seq, int n);
+/* A new sequence holding the first sm_seq_reach(n) positions of src. */
 int sm_seq_fork(struct sm_session *s, const struct sm_seq *src, int n, struct sm_seq **out,
                 smallm_error *err);
-void sm_seq_rewind(struct sm_session *s, struct sm_seq *seq, int n); /* keeps the first n <= length */
+void sm_seq_rewind(struct sm_session *s, struct sm_seq *seq, int n); /* keeps sm_seq_reach(n) */
 int sm_seq_length(const struct sm_seq *seq); /* positions held */
 void sm_seq_free(struct sm_session *s, struct sm_seq *seq); /* NULL allowed */
 

@@ -12,6 +12,7 @@ enum sm_timer {
     SM_TIMER_EMBED,
     SM_TIMER_PREPARE,   /* norms, and activations to int8 */
     SM_TIMER_ATTENTION, /* with rotation and the cache's writes */
+    SM_TIMER_MIXER,     /* convolutions and state spaces */
     SM_TIMER_FINISH,    /* biases, residual sums, SwiGLU, GELU */
     SM_TIMER_HEAD,      /* the head's panels */
     SM_TIMER_SAMPLE,    /* sampling, detokenizing, handing on: of the engine's thread */

@@ -181,7 +181,7 @@ typedef struct smallm_engine_params {
     int32_t n_ctx;         /* positions a sequence may hold; 0: the trained length */
     int32_t n_batch;       /* tokens in one forward pass; 0: 512 */
     int32_t kv_type;       /* smallm_kv_type */
-    uint64_t memory_limit; /* bytes for KV cache and scratch, 0: none */
+    uint64_t memory_limit; /* bytes for KV cache, states and scratch, 0: none */
     int32_t timers;        /* 1: keeps smallm_engine_timer's sums; 0: only where SMALLM_TIMERS=1 */
 } smallm_engine_params;
 
@@ -196,7 +196,7 @@ void smallm_engine_close(smallm_engine *engine);
 typedef struct smallm_engine_info {
     size_t size;
     int32_t n_threads, n_ctx, n_batch, kv_type;
-    uint64_t n_cache_bytes;   /* KV pages allocated so far */
+    uint64_t n_cache_bytes;   /* KV pages and states allocated so far */
     uint64_t n_scratch_bytes;
     uint64_t n_forward;       /* forward passes run */
     uint64_t n_tokens;        /* tokens those passes held */

@@ -75,7 +75,7 @@ class ModelInfo(NamedTuple):
     adapter_bytes: int  #: of all adapters, besides
     file_bytes: int  #: weights in the file
     token_bytes: int  #: weights read to decode one token
-    cache_bytes: int  #: KV cache allocated so far
+    cache_bytes: int  #: KV cache and states of recurrent layers, allocated so far
     scratch_bytes: int
     kv: str  #: type of the KV cache
     isa: str  #: tier of the kernels in use

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,15 @@ class Golden:
             edit(tensors)
         tiny._write(path, self.arch, kvs, tensors)
         return path
+
+
+def main() -> None:
+    """goldens.py FOLDER NAME...: NAME.gguf for the C tests."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[2:]:
+        print(Golden(name, folder).path)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,7 @@ MAY_INCLUDE = {
     "ops": {"adapter", "model", "threads", "kernels", "timers", "os", "peaks"},
     "forward": {"cache", "model", "ops", "mathx"},
     "experts": {"forward"},
-    "mixers": {"forward"},
+    "mixers": {"forward", "mathx"},
     "session": {"adapter", "model", "forward", "cache", "cpu", "timers"},
     "sampler": {"mathx", "peaks"},
     "engine": {"adapter", "session", "sampler", "model", "tokenizer", "cpu", "os", "threads"},

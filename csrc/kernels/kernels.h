@@ -62,6 +62,10 @@
  * r = 1 / sqrt(ss / n + eps) + (ss - ss), NaN where the squares overflow; out_i = (x_i * r) * w_i.
  * layer_norm: lanes lane[i % 16] += x_i, i ascending; mean = tree16 / n; d_i = x_i - mean; ss, r as
  * above, of d_i; out_i = fma(d_i * r, w_i, b_i), b_i = +0 where there is no b.
+ * conv: out_i = acc, acc = b_i or +0, then acc = fma(w_j[i], x_j[i], acc), j ascending over the k taps.
+ * ssm_step: u_i = x_i * dt; y_i = x_i * skip; then for each s ascending h_s[i] = fma(h_s[i], decay,
+ * u_i * b_s), y_i = fma(h_s[i], c_s, y_i).  dt = softplus(z), decay = exp(dt * a), both by mathx.h in
+ * double and then rounded, once for each token and head.
  * rope on a pair: (x0, x1) -> (fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)).
  *
  * Router (route).  Chosen are the n_used experts with the largest logits, of equal ones (-0 = +0) those
@@ -80,6 +84,7 @@
 #define SM_PAGE 64            /* positions of a KV page: a multiple of 16 that divides SM_CHUNK */
 #define SM_CHUNK_PAGES (SM_CHUNK / SM_PAGE)
 #define SM_HEAD_MAX 512       /* largest head size */
+#define SM_TAPS_MAX 16        /* most taps of a convolution */
 #define SM_EXPERTS_MAX 1024   /* most experts of a layer, and most that a token may use: */
 #define SM_USED_MAX 64
 #define SM_CLAMP_LIMIT 7.0f      /* of swiglu_clamped */
@@ -177,6 +182,17 @@ struct sm_attend {
 #define SM_ATTEND_MAX 64   /* queries of one call */
 typedef void sm_attend_fn(const struct sm_attend *a);
 
+/* One token of one head of a state space. */
+struct sm_ssm_step {
+    float *y;              /* [head] out; may be x */
+    float *to;             /* [n_state][head] the state after the token; may be `from` */
+    const float *from;     /* [n_state][head] and before it */
+    const float *x;        /* [head] */
+    const float *b, *c;    /* [n_state] how x enters the state, and how the state is read */
+    float dt, decay, skip;
+    size_t head, n_state;  /* head <= SM_HEAD_MAX */
+};
+
 struct sm_kernels {
     const char *name; /* the tier's, as SMALLM_ISA writes it */
 
@@ -206,6 +222,12 @@ struct sm_kernels {
     void (*gelu_erf)(float *out, const float *x, size_t n);
     void (*softcap)(float *out, const float *x, float cap, size_t n);
     void (*sigmoid)(float *out, const float *x, size_t n);
+    void (*silu)(float *out, const float *x, size_t n); /* may work in place */
+    /* Causal convolution of n channels of one token with k taps: x [k] are rows of the token and its
+     * k - 1 predecessors, oldest first, w [k][stride]; bias [n] or NULL.  out may be x[k - 1]. */
+    void (*conv)(float *out, const float *const *x, const float *w, size_t stride, const float *bias,
+                 size_t k, size_t n);
+    void (*ssm_step)(const struct sm_ssm_step *a);
     void (*scale)(float *out, const float *x, float a, size_t n);
     void (*add)(float *out, const float *x, size_t n);                        /* out += x */
     void (*add_scaled)(float *out, const float *x, float a, size_t n);        /* out += a * x */

@@ -32,6 +32,10 @@ void SM_NAME(sm_gelu)(float *out, const float *x, size_t n);
 void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n);
 void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n);
 void SM_NAME(sm_sigmoid)(float *out, const float *x, size_t n);
+void SM_NAME(sm_silu)(float *out, const float *x, size_t n);
+void SM_NAME(sm_conv)(float *out, const float *const *x, const float *w, size_t stride,
+                      const float *bias, size_t k, size_t n);
+void SM_NAME(sm_ssm_step)(const struct sm_ssm_step *a);
 void SM_NAME(sm_scale)(float *out, const float *x, float a, size_t n);
 void SM_NAME(sm_add)(float *out, const float *x, size_t n);
 void SM_NAME(sm_add_scaled)(float *out, const float *x, float a, size_t n);

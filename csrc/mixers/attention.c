@@ -289,7 +289,8 @@ void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention 
     const struct sm_batch *batch = p->batch;
     size_t q_size = (size_t)(h->n_head * h->head);
     *a = (struct sm_attention){
-        .p = p, .layer = layer, .weights = &p->model->layers[layer], .group = (size_t)(h->n_head / h->n_head_kv),
+        .p = p, .layer = p->model->layers[layer].plan.rank, .weights = &p->model->layers[layer],
+        .group = (size_t)(h->n_head / h->n_head_kv),
         .head = (size_t)h->head, .n_head_kv = (size_t)h->n_head_kv,
     };
     if (p->model->arch->qk_norm == SM_QK_NORM_ROW)

@@ -515,6 +515,67 @@ EXPERTS: Rule = (
     one_expert,
 )
 
+
+def convolution(c: Config) -> Keys:
+    """LFM2: which layers convolve (those without kv heads), over how many tokens, and the width of
+    the feed-forward."""
+    kinds = c.get("layer_types", default=[])
+    if len(kinds) != c.n_layer or not {"conv", "full_attention"}.issuperset(kinds):
+        raise CorruptModelError(
+            f"{c.path}: layer_types is {kinds!r}; {c.n_layer} of conv and full_attention are wanted"
+        )
+    width = c.integer("block_ff_dim", "intermediate_size")
+    if c.get("block_auto_adjust_ff_dim", default=True):
+        width = 2 * width // 3
+        if c.get("block_ffn_dim_multiplier") is not None:
+            width = int(c.number("block_ffn_dim_multiplier") * width)
+            step = c.integer("block_multiple_of")
+            width = -(-width // step) * step
+    return {
+        "feed_forward_length": width,
+        "attention.head_count_kv": [c.n_head_kv if kind != "conv" else 0 for kind in kinds],
+        "shortconv.l_cache": c.integer("conv_L_cache"),
+        "attention.layer_norm_rms_epsilon": c.number("norm_eps", default=1e-5),
+    }
+
+
+def state_space(c: Config) -> Keys:
+    """Mamba 2, which has no attention and no feed-forward; a text may have any length."""
+    inner = c.integer("num_heads") * c.integer("head_dim")
+    if c.get("time_step_limit") not in UNLIMITED:
+        raise c.refuse("time_step_limit", UNLIMITED[1:])
+    return {
+        "vocab_size": c.integer("vocab_size"),
+        "context_length": c.integer("max_position_embeddings", default=2**20),
+        "embedding_length": c.integer("hidden_size"),
+        "block_count": c.n_layer,
+        "feed_forward_length": 0,
+        "attention.head_count": 0,
+        "attention.layer_norm_rms_epsilon": c.number("layer_norm_epsilon", default=1e-5),
+        "ssm.conv_kernel": c.integer("conv_kernel"),
+        "ssm.inner_size": inner,
+        "ssm.state_size": c.integer("state_size"),
+        "ssm.time_step_rank": c.integer("num_heads"),
+        "ssm.group_count": c.integer("n_groups"),
+    }
+
+
+UNLIMITED = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
+
+
+def one_column(m: re.Match[str], c: Config) -> list[Piece]:
+    """A or D, a number for each head; A is stored as its logarithm."""
+    layer, which = m.groups()
+    if which == "D":
+        return [Piece(f"blk.{layer}.ssm_d", lambda x: x[:, None])]
+    return [Piece(f"blk.{layer}.ssm_a", lambda x: -np.exp(x[:, None]))]
+
+
+def grouped_norm(m: re.Match[str], c: Config) -> list[Piece]:
+    groups = c.integer("n_groups")
+    return [Piece(f"blk.{m[1]}.ssm_norm.weight", lambda x: x.reshape(groups, -1))]
+
+
 DROPPED: Iterable[Rule] = (
     # Tables that old checkpoints stored and every implementation computes.
     (r".*\.rotary_emb\.inv_freq", lambda m, c: []),
@@ -805,6 +866,37 @@ FAMILIES: tuple[Family, ...] = (
         ("MptForCausalLM", "MPTForCausalLM"),
         (base, layer_norm, mpt),
         expect={"no_bias": (True,), "logit_scale": (1.0,)},
+    ),
+    Family(
+        "lfm2",
+        ("Lfm2ForCausalLM",),
+        (base, rope, convolution),
+        expect={"conv_bias": (False,)},
+        uniform=False,
+        rules=(
+            (
+                r"model\.layers\.(\d+)\.conv\.conv\.weight",
+                lambda m, c: [Piece(f"blk.{m[1]}.shortconv.conv.weight", lambda x: x[:, 0])],
+            ),
+        ),
+    ),
+    Family(
+        "mamba2",
+        ("Mamba2ForCausalLM",),
+        (state_space,),
+        expect={"hidden_act": ("silu",), "use_bias": (False,), "use_conv_bias": (True,)},
+        rules=(
+            (
+                r"backbone\.layers\.(\d+)\.mixer\.conv1d\.weight",
+                lambda m, c: [Piece(f"blk.{m[1]}.ssm_conv1d.weight", lambda x: x[:, 0])],
+            ),
+            (
+                r"backbone\.layers\.(\d+)\.mixer\.dt_bias",
+                lambda m, c: [Piece(f"blk.{m[1]}.ssm_dt.bias")],
+            ),
+            (r"backbone\.layers\.(\d+)\.mixer\.(A_log|D)", one_column),
+            (r"backbone\.layers\.(\d+)\.mixer\.norm\.weight", grouped_norm),
+        ),
     ),
     Family(
         "phi2",

@@ -161,6 +161,8 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
     rc = generate(engine, NULL, ids, n_ids, NULL, &out[0], err);
     if (rc != SMALLM_OK) goto done;
     CHECK(memcmp(&first, &out[0], sizeof first) == 0, "cached and fresh answers differ");
+    out[1] = out[0];
+    if (strcmp(info.architecture, "llama") != 0) goto done; /* the adapter's */
     *what = "smallm_adapter_open";
     rc = smallm_adapter_open(model, ADAPTER, NULL, &adapter, err);
     if (rc != SMALLM_OK) goto done;

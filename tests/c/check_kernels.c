@@ -1082,6 +1082,83 @@ static void case_vector(uint64_t seed) {
     free(sin);
 }
 
+/* ---- mixers that carry a state ---- */
+
+static void case_recurrent(uint64_t seed) {
+    (void)seed;
+    size_t n = 1 + below(below(2) ? 40 : 600), taps = 2 + below(SM_TAPS_MAX - 1);
+    size_t stride = n + below(20), n_state = 1 + below(40), head = 1 + below(SM_HEAD_MAX);
+    enum fill kind = below(2) ? FILL_USUAL : (enum fill)below(FILL_COUNT);
+    snprintf(shape, sizeof shape, "n %zu, %zu taps, head %zu, %zu states, values %d", n, taps, head,
+             n_state, (int)kind);
+    float *x = floats(taps * n), *w = floats(taps * stride), *bias = floats(n);
+    float *want = floats(n), *got = floats(n);
+    const float *rows[SM_TAPS_MAX];
+    fill(x, taps * n, kind);
+    fill(w, taps * stride, FILL_USUAL);
+    fill(bias, n, FILL_USUAL);
+    for (size_t j = 0; j < taps; j++) rows[j] = x + j * n;
+    bool biased = below(2) != 0;
+    for (size_t i = 0; i < n; i++) {
+        want[i] = biased ? bias[i] : 0.0f;
+        for (size_t j = 0; j < taps; j++) want[i] = sm_fma(w[j * stride + i], x[j * n + i], want[i]);
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.conv(got, rows, w, stride, biased ? bias : NULL, taps, n);
+        compare(tiers[i].name, "conv", got, want, n);
+        memcpy(got, rows[taps - 1], n * sizeof *got);
+        rows[taps - 1] = got;
+        tiers[i].k.conv(got, rows, w, stride, biased ? bias : NULL, taps, n);
+        rows[taps - 1] = x + (taps - 1) * n;
+        compare(tiers[i].name, "conv in place", got, want, n);
+    }
+    for (size_t i = 0; i < n; i++) want[i] = x[i] / (1.0f + sm_expf(-x[i]));
+    for (size_t i = 0; i < n_tiers; i++) {
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.silu(got, got, n);
+        compare(tiers[i].name, "silu in place", got, want, n);
+    }
+
+    size_t size = n_state * head;
+    float *from = floats(size), *to = floats(size), *want_to = floats(size);
+    float *in = floats(head), *b = floats(n_state), *c = floats(n_state), *y = floats(head),
+          *want_y = floats(head);
+    fill(from, size, kind);
+    fill(in, head, kind);
+    fill(b, n_state, FILL_USUAL);
+    fill(c, n_state, FILL_USUAL);
+    struct sm_ssm_step call = {.from = from, .x = in, .b = b, .c = c, .dt = fabsf(uniform()),
+                               .decay = fabsf(uniform()), .skip = uniform(), .head = head,
+                               .n_state = n_state};
+    for (size_t i = 0; i < head; i++) {
+        float u = in[i] * call.dt;
+        want_y[i] = in[i] * call.skip;
+        for (size_t s = 0; s < n_state; s++) {
+            float h = sm_fma(from[s * head + i], call.decay, u * b[s]);
+            want_to[s * head + i] = h;
+            want_y[i] = sm_fma(h, c[s], want_y[i]);
+        }
+    }
+    for (size_t i = 0; i < n_tiers; i++) {
+        call.y = y;
+        call.to = to;
+        call.x = in;
+        call.from = from;
+        tiers[i].k.ssm_step(&call);
+        compare(tiers[i].name, "ssm_step, what is read", y, want_y, head);
+        compare(tiers[i].name, "ssm_step, the state", to, want_to, size);
+        memcpy(y, in, head * sizeof *y);
+        memcpy(to, from, size * sizeof *to);
+        call.x = y;
+        call.from = to;
+        tiers[i].k.ssm_step(&call);
+        compare(tiers[i].name, "ssm_step in place, what is read", y, want_y, head);
+        compare(tiers[i].name, "ssm_step in place, the state", to, want_to, size);
+    }
+    float *all[] = {x, w, bias, want, got, from, to, want_to, in, b, c, y, want_y};
+    for (size_t i = 0; i < SM_COUNT(all); i++) free(all[i]);
+}
+
 /* ---- the router ---- */
 
 /* How many experts come before e: those with larger logits, and of equal ones those with lower ids. */
@@ -1479,6 +1556,7 @@ static const struct {
     {"attend_fold", case_fold, 2000, 100},
     {"kv_store", case_kv_store, 2000, 100},
     {"vector", case_vector, 2000, 100},
+    {"recurrent", case_recurrent, 600, 50},
     {"peaks", case_peaks, 1000, 50},
     {"route", case_route, 1000, 50},
     {"dispatch", case_dispatch, 1, 1},

@@ -17,6 +17,9 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->gelu = SM_NAME(sm_gelu);
     k->gelu_erf = SM_NAME(sm_gelu_erf);
     k->softcap = SM_NAME(sm_softcap);
+    k->silu = SM_NAME(sm_silu);
+    k->conv = SM_NAME(sm_conv);
+    k->ssm_step = SM_NAME(sm_ssm_step);
     k->peaks = SM_NAME(sm_peaks);
     SM_NAME(sm_init_matmul)(k);
 }
