@@ -41,13 +41,9 @@ def names(kind: str = "decoder") -> list[str]:
     return sorted(path.stem for path in found)
 
 
-def has_llamas_layers(name: str) -> bool:
-    """Whether the checkpoint's layers hold Llama's seven matrices under Llama's names."""
-    tensors = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))["tensors"]
-    layer = "model.layers.0."
-    wanted = [f"{layer}self_attn.{x}_proj.weight" for x in "qkvo"]
-    wanted += [f"{layer}mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
-    return all(name in tensors for name in wanted)
+def has_experts(name: str) -> bool:
+    config = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))["config"]
+    return "num_experts_per_tok" in config
 
 
 def weights(case: str, name: str, shape: list[int], mean: float, deviation: float) -> np.ndarray:

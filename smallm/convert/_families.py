@@ -335,7 +335,10 @@ def neox_rope(c: Config) -> Keys:
 
 
 def falcon_kv(c: Config) -> int:
-    """Heads of keys and values: one, unless the config says that it is a newer model."""
+    """Heads of keys and values: one, unless the config says that it is a newer model.  Of an
+    adapter's base they are known."""
+    if c.get("num_key_value_heads") is not None:
+        return c.n_head_kv
     if c.get("new_decoder_architecture", default=False):
         return c.integer("num_kv_heads", "n_head_kv", default=c.n_head)
     return 1 if c.get("multi_query", default=True) else c.n_head
