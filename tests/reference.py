@@ -24,7 +24,6 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
 _FLOAT_TYPES = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
-_K_QUANT_TYPES = (GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K)
 
 
 def round_int8(x: np.ndarray, block: int) -> np.ndarray:
@@ -45,8 +44,8 @@ class Reference:
 
     dtype: float32 or float64, of all arithmetic.
     kv: "f32", or "f16" or "q8": keys and values rounded as such a cache holds them.
-    activations: "float", or "int8": inputs of quantized matrices rounded, per 32 values (K-quants:
-      per 256); the head's in two steps.
+    activations: "float", or "int8": inputs of quantized matrices rounded, per block of the
+      matrix's format (32 or 256 values); the head's in two steps.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Reference:
         int8 lost is rounded to int8, too, and added."""
         kind = self.types[name]
         if self.activations == "int8" and kind not in _FLOAT_TYPES:
-            block = 256 if kind in _K_QUANT_TYPES else 32
+            block = gguf.GGML_QUANT_SIZES[kind][0]
             rounded = round_int8(x, block)
             x = rounded + round_int8(x - rounded, block) if fine else rounded
         y = x @ self.weights[name].T

@@ -42,6 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "Q4_K": {"types": "Q4_K", "n_embd": 256, "n_ff": 512, "tied": False},
     "Q5_K": {"types": "Q5_K", "n_embd": 256, "n_ff": 256},
     "Q6_K": {"types": "Q6_K", "n_embd": 256, "n_ff": 512},
+    "TQ1_0": {"types": "TQ1_0", "n_embd": 256, "n_ff": 256},
+    "TQ2_0": {"types": "TQ2_0", "n_embd": 256, "n_ff": 512},
 }
 
 CACHES = {"f16": lib.SMALLM_KV_F16, "f32": lib.SMALLM_KV_F32, "q8": lib.SMALLM_KV_Q8}

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFValueType as Kind
 
 # Formats that `gguf.quants` only reads; random valid blocks of them are made here.
-K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")  # blocks of 256
 BLOCK_FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 FORMATS = FLOAT_FORMATS + BLOCK_FORMATS + K_QUANTS
@@ -119,6 +119,8 @@ def random_k_quant(
         GgmlType.Q4_K: (0, 2, 7.5),
         GgmlType.Q5_K: (0, 2, 15.5),
         GgmlType.Q6_K: (208, None, 0.0),
+        GgmlType.TQ1_0: (52, None, 0.0),
+        GgmlType.TQ2_0: (64, None, 0.0),
     }[kind]
     if min_at is None:
         spread *= rng.choice(np.array([-1, 1], dtype=np.float32), size=n_blocks)

@@ -27,6 +27,7 @@
  *                    Q3_K and Q6_K); then, for Q2_K, Q4_K and Q5_K, once per 256:
  *                    acc = fma((float)msum, -(dminw * da), acc), msum = sum over sub-blocks of
  *                    min * sum q
+ *   TQ1_0 TQ2_0      acc = fma((float)isum, dw * da, acc) per 256, isum = sum (code - 1) * q, exact
  *   F32 F16 BF16     acc = fma(w, x, acc) for each k ascending
  Adapters.  To the product of a matrix with x a pair (A, B) adds, before the bias:
  *   u_i = (A x)_i * (scale * (alpha / rank));  out_r = out_r + (B u)_r

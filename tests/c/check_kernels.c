@@ -449,6 +449,22 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
                     (j < 64 ? low % 16 : low / 16) + 16 * (high >> 2 * (j / 32) & 3) - 32;
             }
         break;
+    case SM_TYPE_TQ1_0:
+        b->group = 256;
+        b->d = sm_f16_at(p + 52);
+        for (int i = 0; i < 256; i++) { /* the digit after the point of 3^n byte / 256 */
+            int at = i < 160 ? i % 32 : i < 240 ? 32 + i % 16 : 48 + i % 4;
+            int n = i < 160 ? i / 32 : i < 240 ? (i - 160) / 16 : (i - 240) / 4;
+            int power = n == 0 ? 1 : n == 1 ? 3 : n == 2 ? 9 : n == 3 ? 27 : 81;
+            b->code[i] = p[at] * power * 3 / 256 % 3 - 1;
+        }
+        break;
+    case SM_TYPE_TQ2_0:
+        b->group = 256;
+        b->d = sm_f16_at(p + 64);
+        for (int i = 0; i < 256; i++)
+            b->code[i] = (p[i / 128 * 32 + i % 32] >> 2 * (i / 32 % 4) & 3) - 1;
+        break;
     case SM_TYPE_F32: memcpy(&b->d, p, 4); break;
     case SM_TYPE_BF16: b->d = sm_bf16_to_f32(sm_u16_at(p)); break;
     default: break; /* F16 */
@@ -507,7 +523,8 @@ static void random_blocks(enum sm_type t, uint8_t *p, size_t n_blocks) {
         [SM_TYPE_Q4_0] = {0, -1},   [SM_TYPE_Q4_1] = {0, 2},  [SM_TYPE_Q5_0] = {0, -1},
         [SM_TYPE_Q5_1] = {0, 2},    [SM_TYPE_Q8_0] = {0, -1}, [SM_TYPE_Q2_K] = {80, 82},
         [SM_TYPE_Q3_K] = {108, -1}, [SM_TYPE_Q4_K] = {0, 2},  [SM_TYPE_Q5_K] = {0, 2},
-        [SM_TYPE_Q6_K] = {208, -1}, [SM_TYPE_F16] = {0, -1},
+        [SM_TYPE_Q6_K] = {208, -1}, [SM_TYPE_TQ1_0] = {52, -1}, [SM_TYPE_TQ2_0] = {64, -1},
+        [SM_TYPE_F16] = {0, -1},
     };
     size_t bytes = sm_quants[t].block_bytes;
     size_t flat = below(8); /* 0, 1: all codes at one end, where sums are largest */
