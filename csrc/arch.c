@@ -48,6 +48,9 @@ static const struct sm_arch archs[] = {
     {.name = "internlm2", .models = "InternLM2, InternLM2.5", .rope = SM_ROPE_PAIRS},
     {.name = "mpt", .models = "MPT", .rope = SM_ROPE_NONE, .norm = SM_NORM_LAYER_PLAIN,
      .ffn = SM_FFN_GELU_ERF},
+    /* Its matrices' weights are ternary, which is the weight format's affair; so is how activations are
+     * rounded, as int8 with a scale for each 256 where the model was trained with one for each token. */
+    {.name = "bitnet", .models = "BitNet b1.58", .rope = SM_ROPE_HALVES, .sub_norms = true},
     {.name = "qwen2moe", .models = "Qwen1.5-MoE, Qwen2-MoE", .rope = SM_ROPE_HALVES,
      .bias = SM_BIAS_QKV, .router = SM_ROUTER_ALL, .shared_gate = true},
     {.name = "qwen3moe", .models = "Qwen3 with experts (Qwen3-30B-A3B)", .rope = SM_ROPE_HALVES,
@@ -306,6 +309,26 @@ static void read_scales(struct reader *r, struct sm_hparams *h) {
     h->max_alibi = read_float(r, "attention.max_alibi_bias", 0, 0, 1e3);
 }
 
+/* hidden_activation: what the gate goes through, in files that say. */
+static void read_activation(struct reader *r, struct sm_hparams *h) {
+    static const struct {
+        const char *name;
+        enum sm_ffn_kind kind;
+    } known[] = {{"silu", SM_FFN_SWIGLU}, {"relu2", SM_FFN_RELU2GLU}};
+    struct sm_str name = {"silu", 4};
+    bool found;
+    h->ffn = r->arch->ffn;
+    if (h->ffn != SM_FFN_SWIGLU || r->status != SMALLM_OK) return;
+    r->status = sm_gguf_get_string(r->g, full_key(r, "hidden_activation"), &name, &found, r->err);
+    for (size_t i = 0; i < SM_COUNT(known); i++)
+        if (strlen(known[i].name) == name.n && memcmp(known[i].name, name.s, name.n) == 0) {
+            h->ffn = known[i].kind;
+            return;
+        }
+    char shown[32];
+    refuse(r, r->key, sm_printable(shown, sizeof shown, name.s, name.n), "silu and relu2");
+}
+
 /* Keys of steps that this version does not run: 0 where they are there. */
 static const char *const steps_not_run[] = {
     "attention.clamp_kqv", "attention.temperature_scale", "router_logit_softcapping",
@@ -352,6 +375,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     int value_length = read_int(&r, "attention.value_length", h->head, 1, SM_HEAD_MAX);
     h->n_rot = read_int(&r, "rope.dimension_count", h->head, 2, SM_HEAD_MAX);
     read_experts(&r, h);
+    read_activation(&r, h);
     read_scales(&r, h);
     for (size_t i = 0; i < SM_COUNT(steps_not_run); i++)
         if (read_float(&r, steps_not_run[i], 0, -1e30, 1e30) != 0)

@@ -34,6 +34,7 @@ enum sm_ffn_kind {
     SM_FFN_SWIGLU, /* silu(W_gate x) * W_up x */
     SM_FFN_SWIGLU_CLAMPED, /* a variant with limits, of experts only: kernels.h */
     SM_FFN_GEGLU,  /* gelu(W_gate x) * W_up x, the tanh form */
+    SM_FFN_RELU2GLU, /* relu(W_gate x)^2 * W_up x */
     SM_FFN_GELU,   /* gelu(W_up x), the tanh form */
     SM_FFN_GELU_ERF /* the same, the exact form */
 };
@@ -76,11 +77,12 @@ struct sm_arch {
     enum sm_norm_kind norm;
     enum sm_norm_place norms;
     enum sm_qk_norm qk_norm;
-    enum sm_ffn_kind ffn;
+    enum sm_ffn_kind ffn; /* where it is SWIGLU, the key hidden_activation comes first */
     enum sm_bias_rule bias;
     enum sm_router_kind router;
     const char *ffn_norm; /* the tensor of the feed-forward's norm; NULL: ffn_norm.weight */
     bool sinks;       /* attention has sinks in every layer */
+    bool sub_norms;   /* of what attention and feed-forward gave, before their last matrices */
     bool yarn_exact;  /* where yarn begins and ends mixing is not rounded to whole pairs */
     bool gate_in_up;  /* one tensor holds the rows of the feed-forward's gate, then those of up */
     bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
@@ -119,6 +121,7 @@ struct sm_hparams {
     int n_expert, n_used;       /* experts of a layer, and of them those that a token uses; 0: none */
     int n_ff_expert, n_ff_shared; /* of one expert, and of the expert that all tokens use */
     enum sm_router_kind router;
+    enum sm_ffn_kind ffn;
     float expert_scale;         /* of the router's weights */
     float norm_eps;
     /* Tables of angles: of all layers, or 0 of those without and 1 of those with a window.

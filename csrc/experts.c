@@ -151,8 +151,7 @@ void sm_feed_experts(const struct sm_pass *p, const struct sm_layer *layer,
     if (sm_ops_status(p->ops) != SMALLM_OK) return;
     sort_slots(r, n, n_used, n_expert);
 
-    void (*gated)(float *, const float *, const float *, size_t) =
-        m->arch->ffn == SM_FFN_SWIGLU_CLAMPED ? m->kernels->swiglu_clamped : m->kernels->swiglu;
+    sm_gated_fn *gated = sm_model_gate(m);
     const struct sm_experts experts = {
         .n = n_expert, .n_ff = (size_t)m->h.n_ff_expert, .n_embd = n_embd,
         .gate = &layer->x_gate, .up = &layer->x_up, .down = &layer->x_down,

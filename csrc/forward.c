@@ -75,31 +75,37 @@ static void add_product(const struct sm_pass *p, const struct sm_source *s, cons
     sm_ops_each(p->ops, SM_TIMER_FINISH, (n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, add_normed, &add);
 }
 
-/* h = silu(W_gate s + b_gate) * (W_up s + b_up), the same with a gelu, or a gelu(W_up s + b_up) */
+/* h = gated(W_gate s + b_gate, W_up s + b_up), as silu(gate) * up, or a gelu(W_up s + b_up) */
 static void expand(const struct sm_pass *p, const struct sm_layer *layer, const struct sm_source *s) {
     size_t n = p->batch->n, n_ff = (size_t)p->model->h.n_ff;
     const struct sm_kernels *k = p->model->kernels;
+    sm_gated_fn *gated = sm_model_gate(p->model);
     const struct sm_product gate = {.w = &layer->w_gate, .bias = layer->b_gate};
     struct sm_product up = {.w = &layer->w_up, .bias = layer->b_up, .out = p->buffers->h,
                             .stride = n_ff};
-    switch (p->model->arch->ffn) {
-    case SM_FFN_SWIGLU: sm_ops_gated(p->ops, n, s, &gate, &up, k->swiglu, up.out, n_ff); return;
-    case SM_FFN_GEGLU: sm_ops_gated(p->ops, n, s, &gate, &up, k->geglu, up.out, n_ff); return;
-    case SM_FFN_GELU: up.apply = k->gelu; break;
-    case SM_FFN_GELU_ERF: up.apply = k->gelu_erf; break;
-    case SM_FFN_SWIGLU_CLAMPED: break; /* of experts only (experts.c) */
+    if (gated != NULL) {
+        sm_ops_gated(p->ops, n, s, &gate, &up, gated, up.out, n_ff);
+        return;
     }
+    up.apply = p->model->h.ffn == SM_FFN_GELU ? k->gelu : k->gelu_erf;
     sm_ops_project(p->ops, n, s, &up, 1);
 }
 
-/* h -> x = x + W_down h + b_down */
+/* norm(s), or s itself where there is no such norm */
+static struct sm_source sub_norm(const struct sm_model *m, const struct sm_source *s,
+                                 const float *weight) {
+    return weight == NULL ? *s : sm_source_rms_norm_of(m->kernels, s, weight, m->h.norm_eps);
+}
+
+/* h -> x = x + W_down norm(h) + b_down */
 static void contract(const struct sm_pass *p, const struct sm_layer *layer) {
     size_t n_ff = (size_t)p->model->h.n_ff;
     struct sm_source hidden = sm_source_rows(p->buffers->h, n_ff, n_ff);
-    add_product(p, &hidden, &layer->w_down, layer->b_down, layer->post_ffn_norm);
+    struct sm_source normed = sub_norm(p->model, &hidden, layer->ffn_sub_norm);
+    add_product(p, &normed, &layer->w_down, layer->b_down, layer->post_ffn_norm);
 }
 
-/* x = x + W_o attention(W_q s + b_q, W_k s + b_k, W_v s + b_v) + b_o */
+/* x = x + W_o norm(attention(W_q s + b_q, W_k s + b_k, W_v s + b_v)) + b_o; the norm where there is one */
 static void attend(const struct sm_pass *p, int index, const struct sm_source *s) {
     const struct sm_hparams *h = &p->model->h;
     const struct sm_layer *layer = &p->model->layers[index];
@@ -114,7 +120,8 @@ static void attend(const struct sm_pass *p, int index, const struct sm_source *s
     struct sm_attention attention;
     struct sm_source attended;
     sm_mixer_attention(p, index, &attention, &attended);
-    add_product(p, &attended, &layer->wo, layer->bo, layer->post_attn_norm);
+    struct sm_source normed = sub_norm(p->model, &attended, layer->attn_sub_norm);
+    add_product(p, &normed, &layer->wo, layer->bo, layer->post_attn_norm);
 }
 
 /* x = x + W_out conv(W_in s), or a state space in place of the convolution */

@@ -26,13 +26,12 @@ enum need {
 #define BIAS_IF(rule) (arch->bias >= (rule) ? REQUIRED : OPTIONAL)
 #define BIAS BIAS_IF(SM_BIAS_LAYERS)
 #define BIAS_QKV BIAS_IF(SM_BIAS_QKV)
-#define GATED (arch->ffn < SM_FFN_GELU) /* arch.h has the gated kinds first */
+#define GATED (h->ffn < SM_FFN_GELU) /* arch.h has the gated kinds first */
 #define EXPERTS (h->n_expert > 0)
 #define DENSE (!EXPERTS && h->n_ff > 0)
 #define ATTENDS (layer->plan.mixer == SM_MIXER_ATTENTION)
 #define CONVOLVES (layer->plan.mixer == SM_MIXER_CONV)
 #define SCANS (layer->plan.mixer == SM_MIXER_SSM)
-#define SINKS (arch->sinks ? REQUIRED : OPTIONAL)
 #define SHARED (h->n_ff_shared > 0)
 #define NORMS_BEFORE (arch->norms != SM_NORMS_AFTER)
 #define NORMS_AFTER (arch->norms != SM_NORMS_BEFORE)
@@ -148,19 +147,6 @@ static int bind_experts(struct loader *l, const char *name, enum need need, size
                    sm_gguf_path(l->g), name, rows, SM_PANEL_ROWS);
 }
 
-/* The same, for a matrix of a layer: adapters may change it. */
-static int bind_layer_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
-                             struct sm_matrix *out) {
-    struct sm_model *m = l->m;
-    int status = bind_matrix(l, name, need, rows, k, out);
-    if (status != SMALLM_OK || out->n_rows == 0) return status;
-    struct sm_named_matrix *named = &m->matrices[m->n_matrices++];
-    named->matrix = out;
-    snprintf(named->name, sizeof named->name, "%s", name);
-    out->id = m->n_matrices;
-    return SMALLM_OK;
-}
-
 static int bind_rows(struct loader *l, const char *name, enum need need, size_t rows, size_t length,
                      float **out) {
     struct job *job;
@@ -172,6 +158,21 @@ static int bind_rows(struct loader *l, const char *name, enum need need, size_t 
 static int bind_vector(struct loader *l, const char *name, enum need need, size_t length,
                        float **out) {
     return bind_rows(l, name, need, 1, length, out);
+}
+
+/* As bind_matrix, for a matrix of a layer: adapters may change it, and it may have a scale. */
+static int bind_layer_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
+                             struct sm_matrix *out) {
+    struct sm_model *m = l->m;
+    int status = bind_matrix(l, name, need, rows, k, out);
+    if (status != SMALLM_OK || out->n_rows == 0) return status;
+    struct sm_named_matrix *named = &m->matrices[m->n_matrices++];
+    named->matrix = out;
+    snprintf(named->name, sizeof named->name, "%s", name);
+    out->id = m->n_matrices;
+    char scale[SM_NAME_MAX];
+    snprintf(scale, sizeof scale, "%.*s.scale", (int)(strrchr(name, '.') - name), name);
+    return bind_vector(l, scale, OPTIONAL, 1, &out->scale);
 }
 
 static bool has_tensor(const struct loader *l, int layer, const char *suffix) {

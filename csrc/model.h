@@ -12,6 +12,7 @@
 /* A matrix as panels: n_rows outputs, k inputs. */
 struct sm_matrix {
     enum sm_type type;
+    float *scale;    /* [1] a factor of all weights, or NULL */
     size_t n_rows, k;
     size_t n_panels, panel_bytes;
     uint8_t *panels; /* [n_panels][panel_bytes] */
@@ -75,6 +76,19 @@ static inline void sm_model_norm(const struct sm_model *m, float *out, const flo
                                  const float *b, size_t n) {
     if (m->arch->norm == SM_NORM_RMS) m->kernels->rms_norm(out, x, w, n, m->h.norm_eps);
     else m->kernels->layer_norm(out, x, w, b, n, m->h.norm_eps);
+}
+
+/* The kernel slot of the feed-forward's gate; NULL: it has none. */
+static inline sm_gated_fn *sm_model_gate(const struct sm_model *m) {
+    switch (m->h.ffn) {
+    case SM_FFN_SWIGLU: return m->kernels->swiglu;
+    case SM_FFN_SWIGLU_CLAMPED: return m->kernels->swiglu_clamped;
+    case SM_FFN_GEGLU: return m->kernels->geglu;
+    case SM_FFN_RELU2GLU: return m->kernels->relu2glu;
+    case SM_FFN_GELU:
+    case SM_FFN_GELU_ERF: break;
+    }
+    return NULL;
 }
 
 /* The frequencies for contexts of n_ctx positions. */

@@ -213,6 +213,18 @@ struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const floa
                               .k = k, .weight = weight, .eps = eps};
 }
 
+static const float *row_rms_norm_of(const struct sm_source *s, size_t t, float *room) {
+    const struct sm_source *of = s->context;
+    s->kernels->rms_norm(room, of->row(of, t, room), s->weight, s->k, s->eps);
+    return room;
+}
+
+struct sm_source sm_source_rms_norm_of(const struct sm_kernels *kernels, const struct sm_source *of,
+                                       const float *weight, float eps) {
+    return (struct sm_source){.row = row_rms_norm_of, .kernels = kernels, .context = of, .k = of->k,
+                              .weight = weight, .eps = eps};
+}
+
 static const float *row_layer_norm(const struct sm_source *s, size_t t, float *room) {
     s->kernels->layer_norm(room, s->x + t * s->stride, s->weight, s->bias, s->k, s->eps);
     return room;
@@ -317,11 +329,13 @@ static void multiply_some(const struct project *p, const struct sm_matrix *w,
     turn_to(l, SM_TIMER_FINISH);
 }
 
-/* The same for all rows. */
+/* The same for all rows, of w with its scale. */
 static void multiply(const struct project *p, const struct sm_matrix *w,
                      const struct sm_acts *acts, size_t first, size_t n_panels, const uint8_t *next,
                      struct local *l, float *out, size_t ld) {
     multiply_some(p, w, acts, 0, p->rows, first, n_panels, next, l, out, ld);
+    for (size_t t = 0; w->scale != NULL && t < p->rows; t++)
+        p->o->kernels->scale(out + t * ld, out + t * ld, *w->scale, n_panels * SM_PANEL_ROWS);
 }
 
 /* ---- adapters: tile += B ((A x) * scale), before biases -------------------------------------------------- */

@@ -34,7 +34,7 @@ struct sm_source {
 };
 
 /* Where a product goes: out_t[r] (+)= scale (sum_k w[r][k] source_t[k] + bias[r]), or a gelu or the
- * soft cap of that. */
+ * soft cap of that.  Where w has a scale, the sum is first multiplied by it. */
 struct sm_product {
     const struct sm_matrix *w;
     const float *bias;     /* [n_rows] or NULL */
@@ -79,6 +79,9 @@ void sm_ops_fail(struct sm_ops *o, int status); /* any thread */
 struct sm_source sm_source_rows(const float *x, size_t stride, size_t k);
 struct sm_source sm_source_rms_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
                                     size_t k, const float *weight, float eps);
+/* The norm of what another source gives; *of is needed as long as the result is. */
+struct sm_source sm_source_rms_norm_of(const struct sm_kernels *kernels, const struct sm_source *of,
+                                       const float *weight, float eps);
 struct sm_source sm_source_layer_norm(const struct sm_kernels *kernels, const float *x, size_t stride,
                                       size_t k, const float *weight, const float *bias, float eps);
 
@@ -93,9 +96,7 @@ void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
 void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
                          const struct sm_product *product);
 
-/* out = gated(gate, up), a kernel slot as swiglu, of products gate and up of equal shape; out is
- * [n][stride]. */
-typedef void sm_gated_fn(float *out, const float *gate, const float *up, size_t n);
+/* out = gated(gate, up), a kernel slot, of products gate and up of equal shape; out is [n][stride]. */
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
                   const struct sm_product *up, sm_gated_fn *gated, float *out, size_t stride);
 

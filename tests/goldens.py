@@ -41,9 +41,10 @@ def names(kind: str = "decoder") -> list[str]:
     return sorted(path.stem for path in found)
 
 
-def has_experts(name: str) -> bool:
-    config = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))["config"]
-    return "num_experts_per_tok" in config
+def config(name: str) -> dict[str, Any]:
+    """A golden's config.json."""
+    values: dict[str, Any] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    return values["config"]
 
 
 def weights(case: str, name: str, shape: list[int], mean: float, deviation: float) -> np.ndarray:

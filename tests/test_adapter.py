@@ -320,8 +320,10 @@ def test_arguments_are_judged(setup: Setup) -> None:
 
 
 Q = "blk.0.attn_q.weight"
-# Adapters of experts are refused (smallm.convert), so those of whole checkpoints are of dense ones.
-DENSE = [n for n in goldens.names() if not goldens.has_experts(n)]
+# Adapters of experts are refused (smallm.convert), and a merged checkpoint whose weights are then
+# rounded is another model.
+APART = {"num_experts_per_tok", "quantization_config"}
+DENSE = [n for n in goldens.names() if not APART & goldens.config(n).keys()]
 
 
 def with_value(pairs: Pairs, value: float) -> Pairs:
@@ -605,6 +607,27 @@ def test_merged_k_quants_are_q8_0(tmp_path: Path) -> None:
     assert kinds.pop(Q) == "Q8_0"
     assert {kind for name, kind in kinds.items() if "attn_k" in name} == {"Q4_K"}
     smallm.load(reader_path(reader, tmp_path)).close()
+
+
+def test_a_base_whose_matrices_have_scales(setup: Setup, tmp_path: Path) -> None:
+    """An adapter adds to the matrix with its scale, beside the file and merged into it."""
+    from smallm.convert import merge
+
+    def scale(tensors: dict[str, tiny.Tensor]) -> None:
+        for i, name in enumerate([name for name in tensors if name in setup.pairs["one"]]):
+            factor = np.float32(2.0 ** (i % 5 - 2))  # so that nothing is rounded
+            tensors[name].data /= factor
+            values = np.array([factor])
+            tensors[f"{name.removesuffix('.weight')}.scale"] = tiny.Tensor.encode(
+                values, "F32", np.random.default_rng(0)
+            )
+
+    base = tiny.write_tiny(tmp_path / "base.gguf", n_ctx=1024, edit=scale).path
+    expected = Reference(setup.merge("one"), np.float64).logits(setup.ids)
+    with smallm.load(base, adapters={"one": setup.paths["one"]}, kv="f32") as model:
+        assert error(model.logits(setup.ids, adapter="one"), expected) < 1e-4
+    with smallm.load(merge(base, setup.paths["one"], tmp_path / "out.gguf"), kv="f32") as model:
+        assert error(model.logits(setup.ids), expected) < 1e-4
 
 
 def reader_path(reader: gguf.GGUFReader, folder: Path) -> Path:

@@ -341,7 +341,9 @@ FOREIGN = {
     "falcon-new": ("blk.0.ffn_norm.weight",),
     "gptneox": ("blk.0.attn_norm_2.weight", "position_embd.weight"),
     "mpt": ("blk.1.attn_norm.bias", "position_embd.weight"),
-    "phi3": ("blk.0.ffn_gate.weight", "blk.0.ffn_gate.bias"),
+    "llama": ("blk.0.attn_sinks.weight", "blk.0.attn_sub_norm.weight", "blk.1.ffn_sub_norm.weight"),
+    "llama-linear": ("output.scale", "token_embd.scale", "blk.0.attn_norm.scale"),
+    "phi3": ("blk.0.ffn_gate.weight", "blk.0.ffn_gate.bias", "blk.0.ffn_gate.scale"),
     "qwen2": ("blk.0.attn_norm.bias", "blk.1.ffn_norm.bias", "output_norm.bias"),
     "phi2": (
         "blk.0.ffn_gate.weight",
@@ -370,6 +372,35 @@ def test_a_tensor_that_the_architecture_lacks(
 
     message = refusal(golden.change(tmp_path / "m.gguf", edit=add))
     assert f"{name} is not one that the architecture {golden.arch} has" in message
+
+
+@pytest.mark.parametrize("name", ["bitnet", "phi3", "gpt2", "lfm2"])
+def test_matrices_with_a_scale(
+    name: str, convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """A factor beside a layer's matrix, also beside fused and split ones, biases and residuals."""
+    golden = convert_golden(name)
+    scaled = []
+
+    def scale(tensors: dict[str, Tensor]) -> None:
+        for name, t in list(tensors.items()):
+            if re.fullmatch(r"blk\.\d+\..*\.weight", name) and len(t.shape) == 2:
+                if "shortconv.conv" in name:
+                    continue
+                factor = np.float32(2 ** (0.3 * (len(scaled) % 7) - 1))
+                t.data /= factor
+                scaled.append(f"{name.removesuffix('.weight')}.scale")
+                tensors[scaled[-1]] = Tensor(GgmlType.F32, (1,), np.array([factor]))
+
+    path = golden.change(tmp_path / "m.gguf", edit=scale)
+    assert len(scaled) >= 8
+    assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) < EXACT
+    path = golden.change(tmp_path / "m.gguf", edit=lambda t: (scale(t), t.pop(scaled[0])))
+    assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) > 100 * EXACT
+    path = golden.change(
+        tmp_path / "m.gguf", edit=lambda t: (scale(t), t[scaled[1]].data.fill(NAN))
+    )
+    assert scaled[1] in refusal(path)
 
 
 def test_no_architecture_takes_a_tensor_it_does_not_know(first: Golden, tmp_path: Path) -> None:
@@ -529,7 +560,7 @@ def test_the_norm_wants_its_own_epsilon(first: Golden, tmp_path: Path, value: An
         ("rope.scaling.type", "spiral"),
         ("attention.head_count_kv", 3),
         ("vocab_size", 299),
-        ("embedding_length", 128),
+        ("embedding_length", 1280),
         ("feed_forward_length", 64),
         ("expert_count", 7),
         ("expert_count", 1025),
@@ -540,6 +571,7 @@ def test_the_norm_wants_its_own_epsilon(first: Golden, tmp_path: Path, value: An
         ("expert_group_count", 2),
         ("expert_gating_func", 2),
         ("expert_weights_scale", -1.0),
+        ("hidden_activation", "gelu"),
     ],
 )
 def test_keys_are_judged_in_every_architecture(

@@ -59,6 +59,7 @@
  * softcap(x, cap): u = expf(x * (2 / cap)); cap * ((u - 1) / (u + 1)), which is cap tanh(x / cap).
  * swiglu_clamped: g = min(gate, 7), u = max(-7, min(up, 7)), where NaN stays;
  * out = g / (1 + expf(-(g * 1.702f))) * (u + 1).
+ * relu2glu: r = gate < 0 ? 0 : gate, where NaN stays; out = (r * r) * up.
  * rms_norm: lanes lane[i % 16] = fma(x_i, x_i, lane), i ascending; ss = tree16;
  * r = 1 / sqrt(ss / n + eps) + (ss - ss), NaN where the squares overflow; out_i = (x_i * r) * w_i.
  * layer_norm: lanes lane[i % 16] += x_i, i ascending; mean = tree16 / n; d_i = x_i - mean; ss, r as
@@ -183,6 +184,9 @@ struct sm_attend {
 #define SM_ATTEND_MAX 64   /* queries of one call */
 typedef void sm_attend_fn(const struct sm_attend *a);
 
+/* out [n] from gate and up [n]; may work in place. */
+typedef void sm_gated_fn(float *out, const float *gate, const float *up, size_t n);
+
 /* One token of one head of a state space. */
 struct sm_ssm_step {
     float *y;              /* [head] out; may be x */
@@ -216,9 +220,10 @@ struct sm_kernels {
     void (*rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs);
     /* The same for (x[i], x[i + n_pairs]). */
     void (*rope_halves)(float *x, const float *cos, const float *sin, size_t n_pairs);
-    void (*swiglu)(float *out, const float *gate, const float *up, size_t n); /* silu(gate) * up */
-    void (*swiglu_clamped)(float *out, const float *gate, const float *up, size_t n);
-    void (*geglu)(float *out, const float *gate, const float *up, size_t n);  /* gelu(gate) * up */
+    sm_gated_fn *swiglu;   /* silu(gate) * up */
+    sm_gated_fn *swiglu_clamped;
+    sm_gated_fn *geglu;    /* gelu(gate) * up */
+    sm_gated_fn *relu2glu; /* relu(gate)^2 * up */
     void (*gelu)(float *out, const float *x, size_t n);
     void (*gelu_erf)(float *out, const float *x, size_t n);
     void (*softcap)(float *out, const float *x, float cap, size_t n);

@@ -15,6 +15,7 @@ void SM_NAME(sm_init_matmul)(struct sm_kernels *k);  /* matmul.c */
 /* Slots that init.c takes from its neighbours. */
 sm_prepare_fn SM_NAME(sm_prepare_f32), SM_NAME(sm_prepare_q8_32), SM_NAME(sm_prepare_q8_256);
 sm_attend_fn SM_NAME(sm_attend);
+sm_gated_fn SM_NAME(sm_swiglu), SM_NAME(sm_swiglu_clamped), SM_NAME(sm_geglu), SM_NAME(sm_relu2glu);
 void SM_NAME(sm_attend_fold)(float *M, float *L, float *O, float m, float l, const float *o,
                              size_t head);
 void SM_NAME(sm_attend_finish)(float *out, const float *O, float L, size_t head);
@@ -25,9 +26,6 @@ void SM_NAME(sm_layer_norm)(float *out, const float *x, const float *w, const fl
                             float eps);
 void SM_NAME(sm_rope_pairs)(float *x, const float *cos, const float *sin, size_t n_pairs);
 void SM_NAME(sm_rope_halves)(float *x, const float *cos, const float *sin, size_t n_pairs);
-void SM_NAME(sm_swiglu)(float *out, const float *gate, const float *up, size_t n);
-void SM_NAME(sm_swiglu_clamped)(float *out, const float *gate, const float *up, size_t n);
-void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n);
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n);
 void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n);
 void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n);

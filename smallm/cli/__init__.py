@@ -409,7 +409,8 @@ def doctor(model: str | None, as_json: bool) -> None:
     "type_name",
     default="f16",
     show_default=True,
-    help="Format of the matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.",
+    help="Format of the matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; for ternary ones "
+    "tq2_0 or tq1_0.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(source: str, out: str, type_name: str, as_json: bool) -> None:

@@ -35,7 +35,8 @@ from ._tokenizer import read_tokenizer
 if TYPE_CHECKING:
     import gguf
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+TERNARY = ("tq2_0", "tq1_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", *TERNARY)
 
 BLOCK_BYTES = 1 << 20  # of float32 that are encoded at a time
 # Matrices that stay F32: small, and read value by value or feeding a choice.
@@ -120,6 +121,8 @@ def convert(
     out: the file to write; one that is there is replaced at the end.
     type: format of the matrices, one of TYPES.  Norms and biases are F32; rows that do not divide
         into the format's blocks are F16; with the 4- and 5-bit formats the output head is Q8_0.
+        With tq2_0 and tq1_0, for models whose layers' weights are ternary, embeddings and head are
+        F16.
     progress: called with (bytes done, bytes in all); None: a bar on a terminal; False: none.
 
     ModelNotFoundError, CorruptModelError, UnsupportedModelError: a file, key, tensor or value is
@@ -322,6 +325,8 @@ def _type_of(
         "Q5",
     ):
         type_name = "Q8_0"  # every answer passes here
+    if name in ("output.weight", "token_embd.weight") and type_name.lower() in TERNARY:
+        type_name = "F16"
     kind = _ggml(type_name)
     if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
         kind = _ggml("F16")
@@ -378,7 +383,15 @@ def _encode(values: Array, target: Target) -> Array:
             raise UnsupportedModelError(
                 f"{name}: the value {worst:g} is beyond float16's 65504; take bf16, f32 or q8_0"
             )
-    return gguf.quants.quantize(np.ascontiguousarray(values, np.float32), target.type)
+    values = np.ascontiguousarray(values, np.float32)
+    encoded = gguf.quants.quantize(values, target.type)
+    if target.type.name.lower() in TERNARY:
+        lost = np.abs(gguf.quants.dequantize(encoded, target.type) - values).max(initial=0)
+        if lost > 1e-3 * np.abs(values).max(initial=0):  # a scale has 11 bits
+            raise UnsupportedModelError(
+                f"{name}: a block holds other values than -s, 0 and s; take another type"
+            )
+    return encoded
 
 
 def _write(

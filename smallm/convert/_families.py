@@ -566,6 +566,66 @@ def state_space(c: Config) -> Keys:
 UNLIMITED = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
 
 
+# ---- ternary weights -----------------------------------------------------------------------------
+
+
+def activation(c: Config) -> Keys:
+    return {"hidden_activation": c.get("hidden_act", default="silu")}
+
+
+def ternary_layout(c: Config) -> str | None:
+    """How a BitNet checkpoint keeps the weights of its layers.  "master": as floats that are yet to
+    be rounded to -s, 0, s.  "packed times scale" and "packed over scale": four rows in the bits of
+    one, and a number beside it.  None: as they are."""
+    quantization = c.get("quantization_config")
+    if quantization is None:
+        return "master" if "BitnetForCausalLM" in c.get("architectures", default=[]) else None
+    how = Config(c.path, quantization)
+    for name, allowed, default in (
+        ("quant_method", ("bitnet",), None),
+        ("linear_class", ("bitlinear", "autobitlinear"), "bitlinear"),
+        ("quantization_mode", ("offline", "online"), "offline"),
+        ("use_rms_norm", (False,), False),
+        ("modules_to_not_convert", (None, [], ["lm_head"]), None),
+    ):
+        if how.get(name, default=default) not in allowed:
+            raise how.refuse(name, allowed)
+    if how.get("linear_class") != "autobitlinear":
+        return "packed over scale"
+    return "master" if how.get("quantization_mode") == "online" else "packed times scale"
+
+
+def ternary(x: Array) -> Array:
+    """Rounded to -s, 0 and s, where s is the mean of all sizes."""
+    inverse = 1 / np.maximum(np.abs(x).mean(dtype=np.float32), np.float32(1e-5))
+    rounded: Array = np.clip(np.rint(x * inverse), -1, 1) / inverse
+    return rounded
+
+
+def unpacked(x: Array) -> Array:
+    """Bits 2 i and 2 i + 1 of row j are row j + i n of n-row x, plus 1."""
+    rows: Array = np.concatenate([x >> 2 * i & 3 for i in range(4)]).astype(np.float32) - 1
+    return rows
+
+
+def bitnet_matrix(m: re.Match[str], c: Config) -> list[Piece]:
+    layer, which, kind = m.groups()
+    name = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}.get(which)
+    target, layout = f"blk.{layer}.{name or 'ffn_' + which}.weight", ternary_layout(c)
+    if layout is None or layout == "master":
+        return [Piece(target, None if layout is None else ternary)]
+
+    def join(parts: list[Array]) -> Array:
+        rows, scale = parts
+        with np.errstate(all="ignore"):  # also of shapes alone
+            scaled: Array = rows * scale if layout == "packed times scale" else rows / scale
+        return scaled
+
+    if kind == "weight":
+        return [Piece(target, unpacked, 0, join)]
+    return [Piece(target, lambda x: x, 1, join)]
+
+
 def one_column(m: re.Match[str], c: Config) -> list[Piece]:
     """A or D, a number for each head; A is stored as its logarithm."""
     layer, which = m.groups()
@@ -899,6 +959,23 @@ FAMILIES: tuple[Family, ...] = (
             ),
             (r"backbone\.layers\.(\d+)\.mixer\.(A_log|D)", one_column),
             (r"backbone\.layers\.(\d+)\.mixer\.norm\.weight", grouped_norm),
+        ),
+    ),
+    Family(
+        "bitnet",
+        ("BitNetForCausalLM", "BitnetForCausalLM"),
+        (base, ffn, rms_norm, rope, activation),
+        expect={"hidden_act": ("relu2", "silu"), "attention_bias": (False,)},
+        rules=(
+            (
+                r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\."
+                r"(weight|weight_scale)",
+                bitnet_matrix,
+            ),
+            (
+                r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(attn|ffn)_sub_norm\.weight",
+                lambda m, c: [Piece(f"blk.{m[1]}.{m[2]}_sub_norm.weight")],
+            ),
         ),
     ),
     Family(

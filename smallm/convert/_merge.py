@@ -19,7 +19,7 @@ from .._errors import UnsupportedModelError
 from .._generate import number
 from .._model import load
 from ._adapter import Pair
-from ._convert import BLOCK_BYTES, TYPES, Target, _encode, _need, whole_file, write_tensors
+from ._convert import BLOCK_BYTES, TERNARY, TYPES, Target, _encode, _need, whole_file, write_tensors
 from ._families import Array
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def merge(
     progress: called with (bytes done, bytes in all); None: a bar on a terminal; False: none.
 
     Changed matrices keep their format where it is F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0,
-    and are rounded to it once more; those of K-quants become Q8_0, since this version writes none.
+    and are rounded to it once more; those of K-quants, which this version does not write, and
+    ternary ones become Q8_0.
 
     Errors are those of load(), with adapters; UnsupportedModelError for a split base, and where a
     value is beyond the format's range; OSError: it cannot be written.
@@ -83,7 +84,8 @@ def _read_pairs(path: str, factor: float) -> dict[str, Pair]:
 def _type_of(tensor: gguf.ReaderTensor, pairs: dict[str, Pair]) -> gguf.GGMLQuantizationType:
     import gguf
 
-    kept = tensor.name not in pairs or tensor.tensor_type.name.lower() in TYPES
+    name = tensor.tensor_type.name.lower()
+    kept = tensor.name not in pairs or (name in TYPES and name not in TERNARY)
     return tensor.tensor_type if kept else gguf.GGMLQuantizationType.Q8_0
 
 
@@ -96,6 +98,10 @@ def _write(path: Path, reader: gguf.GGUFReader, pairs: dict[str, Pair], report: 
         for t in reader.tensors
     ]
     sources = {t.name: t for t in reader.tensors}
+    for name, pair in list(pairs.items()):
+        scale = sources.get(f"{name.removesuffix('.weight')}.scale")
+        if scale is not None:  # the matrix is what stands in the file times this
+            pairs[name] = pair._replace(scale=pair.scale / float(scale.data[0]))
     with whole_file(path, arch) as writer:
         for key, field in reader.fields.items():
             if key.startswith("GGUF.") or key == gguf.Keys.General.ARCHITECTURE:

@@ -1061,6 +1061,14 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.swiglu(got, got, w, n);
         compare(tiers[i].name, "swiglu in place", got, want, n);
     }
+    for (size_t i = 0; i < n; i++) want[i] = (x[i] < 0 ? 0 : x[i] * x[i]) * w[i];
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.relu2glu(got, x, w, n);
+        compare(tiers[i].name, "relu2glu", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.relu2glu(got, got, w, n);
+        compare(tiers[i].name, "relu2glu in place", got, want, n);
+    }
     for (size_t i = 0; i < n; i++) { /* beyond the limits, too */
         cos[i] = 8 * x[i];
         sin[i] = 8 * w[i];

@@ -75,6 +75,13 @@ void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n)
     for (size_t i = 0; i < n; i++) out[i] = gelu(gate[i]) * up[i];
 }
 
+void SM_NAME(sm_relu2glu)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) { /* the comparison lets NaN pass */
+        float r = gate[i] < 0 ? 0 : gate[i];
+        out[i] = r * r * up[i];
+    }
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = gelu(x[i]);
 }

@@ -115,6 +115,13 @@ void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n)
         store(out, i, n, _mm256_mul_ps(gelu8(load(gate, i, n)), load(up, i, n)));
 }
 
+void SM_NAME(sm_relu2glu)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 r = _mm256_max_ps(_mm256_setzero_ps(), load(gate, i, n));
+        store(out, i, n, _mm256_mul_ps(_mm256_mul_ps(r, r), load(up, i, n)));
+    }
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i += 8) store(out, i, n, gelu8(load(x, i, n)));
 }

@@ -42,6 +42,15 @@ void SM_NAME(sm_geglu)(float *out, const float *gate, const float *up, size_t n)
     }
 }
 
+void SM_NAME(sm_relu2glu)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(i, n);
+        __m512 r = _mm512_max_ps(_mm512_setzero_ps(), _mm512_maskz_loadu_ps(mask, gate + i));
+        r = _mm512_mul_ps(_mm512_mul_ps(r, r), _mm512_maskz_loadu_ps(mask, up + i));
+        _mm512_mask_storeu_ps(out + i, mask, r);
+    }
+}
+
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = lanes(i, n);
