@@ -203,7 +203,8 @@ int smallm_engine_open(const smallm_model *model, const smallm_engine_params *pa
     const char *timers = sm_env("SMALLM_TIMERS");
     if (timers != NULL && strcmp(timers, "1") == 0) p.timers = 1;
     if (p.n_ctx == 0) p.n_ctx = info.n_ctx_train;
-    if (p.n_batch == 0) p.n_batch = 512;
+    /* An encoder's text is run as a whole. */
+    if (p.n_batch == 0) p.n_batch = info.decoder_start < 0 ? 512 : SM_MIN(SM_MAX(p.n_ctx, 512), 2048);
     return sm_engine_open(model->model, &p, out, err);
 }
 
@@ -261,6 +262,36 @@ static int judge_adaptation(const smallm_request_params *p, const struct sm_mode
     return SMALLM_OK;
 }
 
+static int judge_ids(const char *name, const int32_t *ids, size_t n, struct sm_engine_limits limits,
+                     smallm_error *err) {
+    for (size_t i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= limits.n_vocab)
+            return sm_fail(err, SMALLM_E_ARGUMENT, "%s[%zu] is %d; allowed are 0 to %d", name, i,
+                           (int)ids[i], (int)limits.n_vocab - 1);
+    }
+    return SMALLM_OK;
+}
+
+static int judge_source(const smallm_request_params *p, struct sm_engine_limits limits,
+                        smallm_error *err) {
+    if (p->n_source > 0 && !p->source) return refuse_null("source", err);
+    if (!limits.has_encoder) {
+        if (p->n_source == 0) return SMALLM_OK;
+        return sm_fail(err, SMALLM_E_ARGUMENT,
+                       "n_source is %zu; a model without an encoder takes none", p->n_source);
+    }
+    if (p->n_source == 0)
+        return sm_fail(err, SMALLM_E_ARGUMENT,
+                       "n_source is 0; the model's encoder reads at least 1 token");
+    int32_t room = SM_MIN(limits.n_ctx, limits.n_batch);
+    if (p->n_source > (size_t)room)
+        return sm_fail(err, SMALLM_E_CONTEXT, "the source has %zu tokens; %s holds %d", p->n_source,
+                       limits.n_ctx <= limits.n_batch ? "the context"
+                                                      : "n_batch, which the encoder runs it in,",
+                       (int)room);
+    return judge_ids("source", p->source, p->n_source, limits, err);
+}
+
 static int judge_submit(const smallm_request_params *p, struct sm_engine_limits limits,
                         smallm_error *err) {
     if (p->n_tokens == 0)
@@ -269,12 +300,9 @@ static int judge_submit(const smallm_request_params *p, struct sm_engine_limits 
     if (p->n_tokens > (size_t)limits.n_ctx)
         return sm_fail(err, SMALLM_E_CONTEXT, "the prompt has %zu tokens; the context holds %d",
                        p->n_tokens, (int)limits.n_ctx);
-    for (size_t i = 0; i < p->n_tokens; i++) {
-        if (p->tokens[i] < 0 || p->tokens[i] >= limits.n_vocab)
-            return sm_fail(err, SMALLM_E_ARGUMENT, "tokens[%zu] is %d; allowed are 0 to %d", i,
-                           (int)p->tokens[i], (int)limits.n_vocab - 1);
-    }
-    int rc = judge_range("max_tokens", p->max_tokens, 0, INT32_MAX, "", err);
+    int rc = judge_ids("tokens", p->tokens, p->n_tokens, limits, err);
+    if (rc == SMALLM_OK) rc = judge_source(p, limits, err);
+    if (rc == SMALLM_OK) rc = judge_range("max_tokens", p->max_tokens, 0, INT32_MAX, "", err);
     if (rc == SMALLM_OK)
         rc = judge_range("n_logprobs", p->n_logprobs, -1, MAX_LOGPROBS, " (-1: none)", err);
     if (rc == SMALLM_OK)

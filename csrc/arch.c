@@ -65,6 +65,9 @@ static const struct sm_arch archs[] = {
     {.name = "lfm2", .models = "LFM2", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_HEAD,
      .output_norm = "token_embd_norm.weight"},
     {.name = "mamba2", .models = "Mamba 2, Codestral Mamba"},
+    {.name = "t5", .models = "T5, T5 v1.1, Flan-T5", .has_encoder = true, .rope = SM_ROPE_NONE,
+     .ffn = SM_FFN_GEGLU, .relu_ungated = true, .unscaled = true, .biased_distances = true, .scaled_head = true,
+     .output_norm = "dec.output_norm.weight"},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -298,18 +301,20 @@ static void read_window(struct reader *r, struct sm_hparams *h) {
 static void read_scales(struct reader *r, struct sm_hparams *h) {
     const struct sm_arch *arch = r->arch;
     double width = arch->wide_layers == h->n_layer ? (double)h->n_embd / h->n_head : h->head;
-    h->attn_scale = (float)read_float(r, "attention.scale", 1 / sqrt(width), 0, 1e6);
+    h->attn_scale = (float)read_float(r, "attention.scale", arch->unscaled ? 1 : 1 / sqrt(width), 0, 1e6);
     h->attn_cap = (float)read_float(r, "attn_logit_softcapping", arch->attn_cap, 0, 1e6);
     h->logit_cap = (float)read_float(r, "final_logit_softcapping", arch->logit_cap, 0, 1e6);
     double embed_scale = arch->scaled_embeddings ? sqrt((double)h->n_embd) : 1;
     h->embed_scale = (float)read_float(r, "embedding_scale", embed_scale, 0, 1e6);
     h->residual_scale = (float)read_float(r, "residual_scale", 1, 0, 1e6);
-    double logit_scale = read_float(r, "logit_scale", 1, 1e-6, 1e6);
+    bool plain = h->ffn == SM_FFN_RELU || sm_gguf_find_tensor(r->g, "output.weight") == NULL;
+    double head_scale = arch->scaled_head && plain ? 1 / sqrt((double)h->n_embd) : 1;
+    double logit_scale = read_float(r, "logit_scale", head_scale, 1e-6, 1e6);
     h->logit_scale = (float)(arch->divided_logits ? 1 / logit_scale : logit_scale);
     h->max_alibi = read_float(r, "attention.max_alibi_bias", 0, 0, 1e3);
 }
 
-/* hidden_activation: what the gate goes through, in files that say. */
+/* hidden_activation: what the gate goes through, in files that say; and whether there is one. */
 static void read_activation(struct reader *r, struct sm_hparams *h) {
     static const struct {
         const char *name;
@@ -318,6 +323,8 @@ static void read_activation(struct reader *r, struct sm_hparams *h) {
     struct sm_str name = {"silu", 4};
     bool found;
     h->ffn = r->arch->ffn;
+    if (r->arch->relu_ungated && sm_gguf_find_tensor(r->g, "dec.blk.0.ffn_gate.weight") == NULL)
+        h->ffn = SM_FFN_RELU;
     if (h->ffn != SM_FFN_SWIGLU || r->status != SMALLM_OK) return;
     r->status = sm_gguf_get_string(r->g, full_key(r, "hidden_activation"), &name, &found, r->err);
     for (size_t i = 0; i < SM_COUNT(known); i++)
@@ -327,6 +334,16 @@ static void read_activation(struct reader *r, struct sm_hparams *h) {
         }
     char shown[32];
     refuse(r, r->key, sm_printable(shown, sizeof shown, name.s, name.n), "silu and relu2");
+}
+
+/* The layers of a decoder alone, or of a decoder and of the encoder beside it. */
+static void read_layers(struct reader *r, struct sm_hparams *h) {
+    h->n_layer = read_int(r, "block_count", NO_DEFAULT, 1, SM_LAYERS_MAX);
+    h->decoder_start = -1;
+    if (!r->arch->has_encoder) return;
+    h->n_encoder = h->n_layer;
+    h->n_layer = read_int(r, "decoder_block_count", h->n_encoder, 1, SM_LAYERS_MAX);
+    h->decoder_start = read_int(r, "decoder_start_token_id", NO_DEFAULT, 0, (1 << 24) - 1);
 }
 
 /* Keys of steps that this version does not run: 0 where they are there. */
@@ -342,7 +359,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->n_vocab = read_int(&r, "vocab_size", 0, 1, 1 << 24);
     h->n_ctx_train = read_int(&r, "context_length", NO_DEFAULT, 1, 1 << 24);
     h->n_embd = read_int(&r, "embedding_length", NO_DEFAULT, 1, 1 << 16);
-    h->n_layer = read_int(&r, "block_count", NO_DEFAULT, 1, SM_LAYERS_MAX);
+    read_layers(&r, h);
     read_mixers(&r, h);
     read_heads(&r, h);
     h->n_ff = read_int(&r, "feed_forward_length", NO_DEFAULT, h->n_kv_layer > 0 ? 1 : 0, 1 << 18);
@@ -374,6 +391,8 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->head = read_int(&r, "attention.key_length", head, 1, SM_HEAD_MAX);
     int value_length = read_int(&r, "attention.value_length", h->head, 1, SM_HEAD_MAX);
     h->n_rot = read_int(&r, "rope.dimension_count", h->head, 2, SM_HEAD_MAX);
+    if (arch->biased_distances)
+        h->n_buckets = read_int(&r, "attention.relative_buckets_count", NO_DEFAULT, 4, SM_BUCKETS_MAX);
     read_experts(&r, h);
     read_activation(&r, h);
     read_scales(&r, h);
@@ -390,6 +409,10 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     if (r.status == SMALLM_OK && !causal) refuse(&r, r.key, "false", "causal models");
     if (r.status != SMALLM_OK) return r.status;
 
+    if (arch->has_encoder && (h->window > 0 || h->n_state_layer > 0))
+        return sm_fail(err, SMALLM_E_UNSUPPORTED,
+                       "%s: a layer has %s; beside an encoder this version runs layers that attend to all "
+                       "of their text", path, h->window > 0 ? "a window" : "no attention");
     if (value_length != h->head)
         return sm_fail(err, SMALLM_E_UNSUPPORTED,
                        "%s: attention.value_length is %d and key_length %d; this version needs them equal",
@@ -406,6 +429,8 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
 }
 
 struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hparams *h, int layer) {
+    if (layer >= h->n_layer)
+        return (struct sm_layer_plan){.rope = -1, .mixer = SM_MIXER_ATTENTION};
     bool windowed = h->windowed[layer];
     bool turns = arch->unturned_period == 0 || (layer + 1) % arch->unturned_period != 0;
     if (arch->rope == SM_ROPE_NONE) turns = false;

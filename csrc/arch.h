@@ -36,7 +36,8 @@ enum sm_ffn_kind {
     SM_FFN_GEGLU,  /* gelu(W_gate x) * W_up x, the tanh form */
     SM_FFN_RELU2GLU, /* relu(W_gate x)^2 * W_up x */
     SM_FFN_GELU,   /* gelu(W_up x), the tanh form */
-    SM_FFN_GELU_ERF /* the same, the exact form */
+    SM_FFN_GELU_ERF, /* the same, the exact form */
+    SM_FFN_RELU    /* relu(W_up x) */
 };
 
 /* Whether attention and feed-forward both read x and then add to it. */
@@ -73,16 +74,22 @@ enum sm_mixer {
 struct sm_arch {
     const char *name;   /* general.architecture, and the prefix of its keys */
     const char *models; /* published ones that have it, for people */
+    /* A decoder whose layers attend to what an encoder made of another text, too. */
+    bool has_encoder;
     enum sm_rope_style rope;
     enum sm_norm_kind norm;
     enum sm_norm_place norms;
     enum sm_qk_norm qk_norm;
     enum sm_ffn_kind ffn; /* where it is SWIGLU, the key hidden_activation comes first */
+    bool relu_ungated;    /* it is a relu in files whose first layer has no gate */
     enum sm_bias_rule bias;
     enum sm_router_kind router;
     const char *ffn_norm; /* the tensor of the feed-forward's norm; NULL: ffn_norm.weight */
     bool sinks;       /* attention has sinks in every layer */
     bool sub_norms;   /* of what attention and feed-forward gave, before their last matrices */
+    bool unscaled;    /* scores are not scaled by head^(-1/2) */
+    bool biased_distances; /* scores have learned biases by the distance of query and key */
+    bool scaled_head; /* a head that is tied, or has no gates before it, by n_embd^(-1/2) */
     bool yarn_exact;  /* where yarn begins and ends mixing is not rounded to whole pairs */
     bool gate_in_up;  /* one tensor holds the rows of the feed-forward's gate, then those of up */
     bool shared_gate; /* the expert that all tokens use is weighed by sigmoid(w x) */
@@ -109,10 +116,14 @@ struct sm_yarn {
 };
 
 #define SM_LAYERS_MAX 1024
+#define SM_BUCKETS_MAX 255 /* of distances: half of them still stand for one distance each */
 
 struct sm_hparams {
     int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;
     int n_kv_layer, n_state_layer; /* layers with attention, and the others */
+    int n_encoder;      /* layers of the encoder, besides; 0: there is none */
+    int decoder_start;  /* the token that a decoder beside an encoder begins with, else -1 */
+    int n_buckets;      /* of distances that share a bias; 0: scores have none */
     int head;           /* size of one head's q, k and v */
     int n_rot;          /* leading dimensions of a head that rope turns, even */
     int window;         /* positions a query sees in layers with a window, its own included */
@@ -166,6 +177,7 @@ static inline int sm_mixer_out(const struct sm_hparams *h) {
     return h->n_ssm_head > 0 ? h->n_ssm_head * h->ssm_head : h->conv_width;
 }
 
+/* layer: of the decoder, or behind those of the encoder. */
 struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hparams *h, int layer);
 
 #endif

@@ -7,6 +7,10 @@
  * Unwritten positions hold finite numbers.  A page with more than one owner is never written: it is
  * copied first.
  *
+ * The sequence of an encoder's text has in the place of each layer of the decoder the K and V that this
+ * attends to.  While the text is encoded, the encoder's layers have theirs in the first one's place, one
+ * after the other.
+ *
  * Layers that are recurrent have a state in place of K and V, which all of a text before a position
  * went into: [n_state_layer][state_floats], what a layer's part holds stands in mixers/.  A sequence
  * holds the state after its last position; a pass reads it and writes another one, which takes its

@@ -45,6 +45,12 @@ struct record { /* then int32 top_ids[n_top], float top_logprobs[n_top], text; p
 };
 #define RECORD_ALIGN 8
 
+struct source { /* the text of a model's encoder; n 0: there is none */
+    struct sm_seq *seq; /* what the encoder made of it; empty until then */
+    int32_t *tokens;    /* [n] */
+    int32_t n;
+};
+
 struct stop { /* a stop string and how far the text's end matches it (Knuth, Morris, Pratt) */
     const char *text; /* [n] */
     uint32_t *border; /* [n] length of the longest proper prefix of text[0..i] that ends it */
@@ -66,10 +72,11 @@ struct smallm_request {
 
     /* The engine thread's. */
     smallm_request *prev, *next;
+    struct source source;
     struct sm_seq *seq;
     int32_t *tokens; /* [n_tokens], room for tokens_capacity */
     size_t tokens_capacity;
-    int32_t n_prompt, n_tokens;
+    int32_t n_prompt, n_tokens, n_source;
     int32_t limit;   /* tokens to generate at most; prompt and answer fit the context */
     int32_t n_chunk, n_logprobs;
     int32_t n_take;  /* tokens in the pass being built */
@@ -89,6 +96,7 @@ struct smallm_request {
 };
 
 struct kept { /* the text of an ended request */
+    struct source source;
     struct sm_seq *seq;
     struct sm_adaptation adaptation; /* it was made with */
     smallm_adapter *adapter;         /* the same, held: no other one can get its address */
@@ -125,7 +133,7 @@ struct smallm_engine {
     smallm_request **in_pass;  /* [n_batch] and whose span each is */
     int n_spans;
     int32_t prefill_cap;       /* prompt tokens of the next pass at most */
-    bool prompts_turn;
+    bool prompts_turn, sources_turn;
     int n_timed;               /* spans of the newest pass where all were of one token, else 0 */
     uint64_t pass_ns;          /* what it took, sampling included */
     uint64_t sample_ns;
@@ -268,7 +276,14 @@ static size_t settled(const smallm_request *r) {
 
 /* ---- ending a request ------------------------------------------------------------------------ */
 
+static void free_source(smallm_engine *e, struct source *s) {
+    sm_seq_free(e->session, s->seq);
+    sm_free(s->tokens);
+    *s = (struct source){.seq = NULL};
+}
+
 static void free_kept(smallm_engine *e, int i) {
+    free_source(e, &e->kept[i].source);
     sm_seq_free(e->session, e->kept[i].seq);
     sm_free(e->kept[i].tokens);
     sm_adapter_drop(e->kept[i].adapter);
@@ -281,6 +296,15 @@ static bool same_adaptation(struct sm_adaptation a, struct sm_adaptation b) {
     return a.adapter == b.adapter && (a.adapter == NULL || a.scale == b.scale);
 }
 
+static bool same_source(const struct source *a, const struct source *b) {
+    return a->n == b->n && (a->n == 0 || memcmp(a->tokens, b->tokens, (size_t)a->n * sizeof *a->tokens) == 0);
+}
+
+/* The request's text has been encoded, or needs not to be. */
+static bool is_encoded(const struct source *s) {
+    return s->n == 0 || (s->seq != NULL && sm_seq_length(s->seq) == s->n);
+}
+
 static int32_t common_prefix(const int32_t *a, int32_t n_a, const int32_t *b, int32_t n_b) {
     int32_t i = 0, n = SM_MIN(n_a, n_b);
     while (i < n && a[i] == b[i]) i++;
@@ -290,21 +314,22 @@ static int32_t common_prefix(const int32_t *a, int32_t n_a, const int32_t *b, in
 /* Puts the request's sequence among the kept ones.  Those it goes on from say nothing more; all
  * together hold at most a context, so that idle memory stays in proportion. */
 static void keep(smallm_engine *e, smallm_request *r) {
-    struct kept new = {.seq = r->seq, .adaptation = r->adaptation, .adapter = r->adapter,
+    struct kept new = {.source = r->source, .seq = r->seq, .adaptation = r->adaptation, .adapter = r->adapter,
                        .tokens = r->tokens, .n = (int32_t)sm_seq_length(r->seq)};
     sm_adapter_hold(new.adapter);
-    int64_t sum = new.n;
+    int64_t sum = new.source.n + new.n;
+    r->source = (struct source){.seq = NULL};
     r->seq = NULL;
     r->tokens = NULL;
     for (int i = e->n_kept - 1; i >= 0; i--) {
         struct kept *k = &e->kept[i];
-        if (same_adaptation(k->adaptation, new.adaptation) &&
+        if (same_adaptation(k->adaptation, new.adaptation) && same_source(&k->source, &new.source) &&
             common_prefix(k->tokens, k->n, new.tokens, new.n) == k->n)
             free_kept(e, i);
-        else sum += k->n;
+        else sum += k->source.n + k->n;
     }
     while (e->n_kept > 0 && (e->n_kept == MAX_KEPT || sum > e->params.n_ctx)) {
-        sum -= e->kept[0].n;
+        sum -= e->kept[0].source.n + e->kept[0].n;
         free_kept(e, 0);
     }
     e->kept[e->n_kept++] = new;
@@ -318,6 +343,7 @@ static void end(smallm_engine *e, smallm_request *r, int32_t finish,
     take_out(&e->active, r);
     if (r->seq && code == SMALLM_OK && sm_seq_length(r->seq) > 0) keep(e, r);
     else sm_seq_free(e->session, r->seq);
+    free_source(e, &r->source);
     r->seq = NULL;
     sm_free(r->tokens);
     r->tokens = NULL;
@@ -430,35 +456,59 @@ static void next_token(smallm_engine *e, smallm_request *r, float *logits) {
 
 /* ---- one pass -------------------------------------------------------------------------------- */
 
+/* Gives a request its sequences: forks of `from`, which has n tokens in common with it, and of its
+ * source, or new ones. */
+static int begin(smallm_engine *e, smallm_request *r, const struct source *source,
+                 const struct sm_seq *from, int32_t n, smallm_error *err) {
+    int rc = SMALLM_OK;
+    if (r->source.n > 0)
+        rc = from ? sm_seq_fork(e->session, source->seq, r->source.n, &r->source.seq, err)
+                  : sm_seq_new(e->session, &r->source.seq, err);
+    if (rc == SMALLM_OK)
+        rc = from ? sm_seq_fork(e->session, from, n, &r->seq, err)
+                  : sm_seq_new(e->session, &r->seq, err);
+    if (rc == SMALLM_OK) return SMALLM_OK;
+    sm_seq_free(e->session, r->source.seq);
+    r->source.seq = NULL;
+    return rc;
+}
+
 /* Starts a request from a fork of the longest prefix that a kept or running sequence shares with
- * it.  The prompt's last token always runs: its logits are wanted. */
+ * it; where there is an encoder, among those with the same source, which is shared, too.  The
+ * prompt's last token always runs: its logits are wanted. */
 static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
     int32_t n_most = r->logits ? 0 : r->n_prompt - 1;
     for (;;) {
-        const struct sm_seq *source = NULL;
-        int32_t n_best = 0, n;
+        const struct source *source = NULL;
+        const struct sm_seq *from = NULL;
+        int32_t n_best = r->source.n > 0 ? -1 : 0, n;
         int best_kept = -1;
         for (smallm_request *o = e->active.first; o; o = o->next) {
-            if (!o->seq || !same_adaptation(o->adaptation, r->adaptation)) continue;
+            if (!o->seq || !same_adaptation(o->adaptation, r->adaptation) ||
+                !is_encoded(&o->source) || !same_source(&o->source, &r->source))
+                continue;
             n = common_prefix(o->tokens, (int32_t)sm_seq_length(o->seq), r->tokens, n_most);
             n = sm_seq_reach(e->session, o->seq, n);
             if (n > n_best) {
                 n_best = n;
-                source = o->seq;
+                from = o->seq;
+                source = &o->source;
             }
         }
         for (int i = 0; i < e->n_kept; i++) {
-            if (!same_adaptation(e->kept[i].adaptation, r->adaptation)) continue;
+            if (!same_adaptation(e->kept[i].adaptation, r->adaptation) ||
+                !same_source(&e->kept[i].source, &r->source))
+                continue;
             n = common_prefix(e->kept[i].tokens, e->kept[i].n, r->tokens, n_most);
             n = sm_seq_reach(e->session, e->kept[i].seq, n);
             if (n > n_best) {
                 n_best = n;
-                source = e->kept[i].seq;
+                from = e->kept[i].seq;
+                source = &e->kept[i].source;
                 best_kept = i;
             }
         }
-        int rc = source ? sm_seq_fork(e->session, source, n_best, &r->seq, err)
-                        : sm_seq_new(e->session, &r->seq, err);
+        int rc = begin(e, r, source, from, n_best, err);
         if (rc == SMALLM_OK) {
             if (best_kept >= 0) { /* it is now the most recently used */
                 struct kept used = e->kept[best_kept];
@@ -467,7 +517,7 @@ static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
                 e->kept[e->n_kept - 1] = used;
             }
             sm_lock_enter(r->lock);
-            r->n_cached = n_best;
+            r->n_cached = from ? n_best + r->source.n : 0;
             r->t_start = sm_clock_ns();
             sm_lock_leave(r->lock);
             return SMALLM_OK;
@@ -483,7 +533,7 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     int done = sm_seq_length(r->seq);
     bool last = done + n >= r->n_prompt, decode = decodes(r);
     struct sm_span *s = &e->spans[e->n_spans];
-    *s = (struct sm_span){.seq = r->seq, .tokens = r->tokens + done, .n = n,
+    *s = (struct sm_span){.seq = r->seq, .source = r->source.seq, .tokens = r->tokens + done, .n = n,
                           .adaptation = r->adaptation};
     if (last && r->row) s->peaks = r->row + e->n_vocab;
     if (r->logits && !decode) {
@@ -497,6 +547,23 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     e->in_pass[e->n_spans++] = r;
 }
 
+/* Chooses texts for the encoder, each as a whole: all that fit, or none where it is the others' turn. */
+static void build_sources(smallm_engine *e) {
+    int32_t room = e->params.n_batch;
+    bool others = false;
+    e->n_spans = 0;
+    for (smallm_request *r = e->active.first; r; r = r->next) others = others || is_encoded(&r->source);
+    e->sources_turn = !(others && e->sources_turn);
+    for (smallm_request *r = e->active.first; r && e->sources_turn; r = r->next) {
+        if (is_encoded(&r->source) || r->source.n > room) continue;
+        room = e->prefill_cap < e->params.n_batch ? 0 : room - r->source.n; /* one where many cancel */
+        e->spans[e->n_spans] = (struct sm_span){.seq = r->source.seq, .encodes = true, .n = r->source.n,
+                                                .tokens = r->source.tokens,
+                                                .adaptation = r->adaptation};
+        e->in_pass[e->n_spans++] = r;
+    }
+}
+
 /* Chooses the next pass.  Decoding requests come first, a token each, and leave room for prompts:
  * where they alone would fill the passes, every other one gives half of itself to prompts.  Prompts
  * share their room evenly; what short ones leave goes to the first.  Who runs goes behind who must
@@ -506,6 +573,7 @@ static void build(smallm_engine *e) {
     smallm_request *r;
     for (r = e->active.first; r; r = r->next) {
         r->n_take = 0;
+        if (!is_encoded(&r->source)) continue;
         if (decodes(r)) n_decode++;
         else n_prompts++;
     }
@@ -520,7 +588,7 @@ static void build(smallm_engine *e) {
     int32_t share = n_prompts > 0 ? SM_MAX(room / n_prompts, 1) : 0;
     for (int round = 0; round < 2; round++) {
         for (r = e->active.first; r && room > 0; r = r->next) {
-            if (decodes(r)) continue;
+            if (decodes(r) || !is_encoded(&r->source)) continue;
             int32_t most = SM_MIN(r->n_prompt - (int32_t)sm_seq_length(r->seq), r->n_chunk);
             int32_t n = SM_MIN(SM_MIN(most - r->n_take, room), round == 0 ? share : room);
             r->n_take += n;
@@ -558,6 +626,12 @@ static void advance(smallm_engine *e, const struct sm_span *spans, smallm_reques
     for (int i = 0; i < n_spans; i++) {
         smallm_request *r = requests[i];
         int32_t done = (int32_t)sm_seq_length(r->seq);
+        if (spans[i].encodes) {
+            sm_lock_enter(r->lock);
+            r->n_chunks++;
+            sm_lock_leave(r->lock);
+            continue;
+        }
         if (done - spans[i].n < r->n_prompt) {
             sm_lock_enter(r->lock);
             r->n_chunks++;
@@ -617,7 +691,8 @@ static void step(smallm_engine *e) {
         if (rc != SMALLM_OK) end_error(e, r, rc, &err);
     }
     if (!e->active.first) return;
-    build(e);
+    build_sources(e);
+    if (e->n_spans == 0) build(e);
     bool single = true; /* a token each, and as many as in the pass that was timed */
     for (int i = 0; i < e->n_spans; i++) single = single && e->spans[i].n == 1;
     if (!single || e->n_spans != e->n_timed) tell_readers(e);
@@ -712,7 +787,8 @@ void sm_engine_close(smallm_engine *e) {
 }
 
 struct sm_engine_limits sm_engine_get_limits(const smallm_engine *e) {
-    return (struct sm_engine_limits){e->model, e->n_vocab, e->params.n_ctx, e->params.n_batch};
+    return (struct sm_engine_limits){e->model, e->n_vocab, e->params.n_ctx, e->params.n_batch,
+                                     e->model->h.n_encoder > 0};
 }
 
 void sm_engine_get_info(smallm_engine *e, smallm_engine_info *out) {
@@ -742,6 +818,7 @@ static void request_delete(smallm_request *r) {
     }
     sm_free(r->spare);
     sm_lock_free(r->lock);
+    sm_free(r->source.tokens);
     sm_free(r->tokens);
     sm_free(r->row);
     sm_sampler_free(r->sampler);
@@ -780,6 +857,7 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     r->error.size = sizeof r->error;
     r->t_submit = sm_clock_ns();
     r->n_prompt = r->n_tokens = (int32_t)p->n_tokens;
+    r->source.n = r->n_source = (int32_t)p->n_source;
     r->limit = SM_MIN(p->max_tokens, e->params.n_ctx - r->n_prompt);
     r->n_chunk = p->n_chunk ? p->n_chunk : e->params.n_batch;
     r->n_logprobs = p->n_logprobs;
@@ -798,7 +876,8 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     r->pending = sm_alloc(r->pending_capacity);
     r->read = r->write = slab_new(SLAB_BYTES);
     r->lock = sm_lock_new();
-    if (!r->tokens || !r->pending || !r->read || !r->lock) goto fail_memory;
+    r->source.tokens = sm_alloc(p->n_source * sizeof *r->source.tokens);
+    if (!r->tokens || !r->source.tokens || !r->pending || !r->read || !r->lock) goto fail_memory;
     if (r->limit > 0) {
         size_t n = (size_t)e->n_vocab;
         r->row = sm_alloc((n + sm_n_peaks(n)) * sizeof *r->row);
@@ -806,6 +885,8 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     }
     if (p->n_stop > 0 && !copy_stops(r, p)) goto fail_memory;
     memcpy(r->tokens, p->tokens, p->n_tokens * sizeof *r->tokens);
+    if (p->n_source > 0)
+        memcpy(r->source.tokens, p->source, p->n_source * sizeof *r->source.tokens);
     for (int32_t i = 0; i < r->n_prompt; i++) {
         sm_sampler_accept(r->sampler, r->tokens[i]);
         if (!sm_tokenizer_is_control(e->tokenizer, r->tokens[i])) r->text_begun = true;
@@ -860,7 +941,7 @@ void sm_request_get_stats(smallm_request *r, smallm_request_stats *out) {
     sm_lock_enter(r->lock);
     uint64_t now = r->t_end ? r->t_end : sm_clock_ns();
     uint64_t start = r->t_start ? r->t_start : now, prompt = r->t_prompt ? r->t_prompt : now;
-    *out = (smallm_request_stats){.n_prompt = r->n_prompt,
+    *out = (smallm_request_stats){.n_prompt = r->n_source + r->n_prompt,
                                   .n_cached = r->n_cached,
                                   .n_completion = r->n_completion,
                                   .n_chunks = r->n_chunks,

@@ -75,7 +75,8 @@ static void add_product(const struct sm_pass *p, const struct sm_source *s, cons
     sm_ops_each(p->ops, SM_TIMER_FINISH, (n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, add_normed, &add);
 }
 
-/* h = gated(W_gate s + b_gate, W_up s + b_up), as silu(gate) * up, or a gelu(W_up s + b_up) */
+/* h = gated(W_gate s + b_gate, W_up s + b_up), as silu(gate) * up, or a gelu, or the positive part, of
+ * W_up s + b_up */
 static void expand(const struct sm_pass *p, const struct sm_layer *layer, const struct sm_source *s) {
     size_t n = p->batch->n, n_ff = (size_t)p->model->h.n_ff;
     const struct sm_kernels *k = p->model->kernels;
@@ -87,7 +88,11 @@ static void expand(const struct sm_pass *p, const struct sm_layer *layer, const 
         sm_ops_gated(p->ops, n, s, &gate, &up, gated, up.out, n_ff);
         return;
     }
-    up.apply = p->model->h.ffn == SM_FFN_GELU ? k->gelu : k->gelu_erf;
+    switch (p->model->h.ffn) {
+    case SM_FFN_GELU: up.apply = k->gelu; break;
+    case SM_FFN_RELU: up.apply = k->relu; break;
+    default: up.apply = k->gelu_erf;
+    }
     sm_ops_project(p->ops, n, s, &up, 1);
 }
 
@@ -124,6 +129,18 @@ static void attend(const struct sm_pass *p, int index, const struct sm_source *s
     add_product(p, &normed, &layer->wo, layer->bo, layer->post_attn_norm);
 }
 
+/* x = x + W_o attention(W_q s, K, V), with the K and V that the encoder left to this layer */
+static void attend_across(const struct sm_pass *p, int index, const struct sm_source *s) {
+    const struct sm_layer *layer = &p->model->layers[index];
+    const struct sm_product q = {.w = &layer->cross_q, .out = p->buffers->q,
+                                 .stride = (size_t)(p->model->h.n_head * p->model->h.head)};
+    sm_ops_project(p->ops, p->batch->n, s, &q, 1);
+    struct sm_attention attention;
+    struct sm_source attended;
+    sm_mixer_attention_across(p, index, &attention, &attended);
+    add_product(p, &attended, &layer->cross_o, NULL, NULL);
+}
+
 /* x = x + W_out conv(W_in s), or a state space in place of the convolution */
 static void recur(const struct sm_pass *p, int index, const struct sm_source *s) {
     const struct sm_layer *layer = &p->model->layers[index];
@@ -136,7 +153,8 @@ static void recur(const struct sm_pass *p, int index, const struct sm_source *s)
     add_product(p, &mixed, scans ? &layer->ssm_out : &layer->conv_out, NULL, layer->post_attn_norm);
 }
 
-/* x = x + mix(norm(x)); x = x + feed(norm(x)), where there is a feed-forward; parallel: both norms
+/* x = x + mix(norm(x)); beside an encoder x = x + attend_across(norm(x)); x = x + feed(norm(x)), where
+ * there is a feed-forward; parallel: both norms
  * are of the same x, and the feed-forward's is the mixer's where it has none of its own */
 static void run_layer(const struct sm_pass *p, int index) {
     const struct sm_model *m = p->model;
@@ -149,6 +167,10 @@ static void run_layer(const struct sm_pass *p, int index) {
     if (layer->parallel) expand(p, layer, &fed); /* before attention adds to x */
     if (layer->plan.mixer == SM_MIXER_ATTENTION) attend(p, index, &mixed);
     else recur(p, index, &mixed);
+    if (layer->cross_norm != NULL) {
+        struct sm_source crossed = norm(m, x, layer->cross_norm, NULL);
+        attend_across(p, index, &crossed);
+    }
     if (layer->w_down.n_rows == 0 && m->h.n_expert == 0) return;
     if (m->h.n_expert > 0) {
         sm_feed_experts(p, layer, &fed);
@@ -158,12 +180,33 @@ static void run_layer(const struct sm_pass *p, int index) {
     contract(p, layer);
 }
 
+/* The encoder's layers, of which each keeps its K and V where the last one did; then, for every layer of
+ * the decoder, K = W_k norm(x), V = W_v norm(x) */
+static void encode(const struct sm_pass *p) {
+    const struct sm_model *m = p->model;
+    size_t stride = (size_t)(m->h.n_head_kv * m->h.head);
+    for (int i = m->h.n_layer; i < m->h.n_layer + m->h.n_encoder; i++) run_layer(p, i);
+    struct sm_source normed = norm(m, p->buffers->x, m->encoder_norm, NULL);
+    for (int i = 0; i < m->h.n_layer; i++) {
+        const struct sm_product kv[] = {
+            {.w = &m->layers[i].cross_k, .out = p->buffers->k, .stride = stride},
+            {.w = &m->layers[i].cross_v, .out = p->buffers->v, .stride = stride},
+        };
+        sm_ops_project(p->ops, p->batch->n, &normed, kv, SM_COUNT(kv));
+        sm_mixer_attention_store(p, i);
+    }
+}
+
 void sm_forward(const struct sm_pass *p) {
     const struct sm_model *m = p->model;
     const struct sm_batch *batch = p->batch;
     size_t n_embd = (size_t)m->h.n_embd;
     sm_ops_each(p->ops, SM_TIMER_EMBED, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, embed_tokens,
                 (void *)p);
+    if (batch->encodes) {
+        encode(p);
+        return;
+    }
     for (int i = 0; i < m->h.n_layer; i++) run_layer(p, i);
 
     /* logits = softcap(scale (W_head norm(x) + b_head)), of the wanted tokens only */

@@ -23,12 +23,17 @@ struct sm_batch {
     size_t n;
     const int32_t *tokens;      /* [n] */
     const int *positions;       /* [n], ascending within a sequence, whose tokens are neighbours */
+    const int *ends;            /* [n] a token sees its sequence up to here, not included */
     struct sm_seq *const *seqs; /* [n], pages reserved up to the tokens' positions */
     const struct sm_block *blocks; /* [n_blocks], at most SM_ATTEND_MAX / (heads per kv head) tokens each */
     size_t n_blocks;
     const struct sm_adaptation *adaptations; /* [n], or NULL: no token has an adapter */
     const struct sm_run *runs;  /* [n_runs] */
     size_t n_runs;
+    /* Where there is an encoder: the tokens are texts for it, each as a whole, and the sequences get
+     * what the decoder's layers attend to; else [n] sequences that have, or NULL. */
+    bool encodes;
+    const struct sm_seq *const *sources;
     bool alone;                 /* at most SM_ALONE_MAX tokens, each of another sequence: decode */
     const size_t *wanted;       /* [n_wanted] tokens whose logits are asked for */
     float *const *logits;       /* [n_wanted] pointers to [n_vocab], */
@@ -80,6 +85,8 @@ struct sm_attention {
     const struct sm_pass *p;
     int layer;                   /* among those of the cache's pages */
     const struct sm_layer *weights;
+    bool across;                 /* to the encoder's text */
+    const float *biases;         /* [n_head][SM_DISTANCES] or NULL */
     size_t group;                /* query heads of a kv head */
     size_t head, n_head_kv;
     size_t items_before[SM_ALONE_MAX + 1]; /* decode: items of earlier tokens; [n] is their number */
@@ -105,5 +112,10 @@ void sm_mixer_ssm(const struct sm_pass *p, int layer, struct sm_source *out);
  * as long as *a is.  K and V enter the cache. */
 void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention *a,
                         struct sm_source *out);
+/* The same for q of a decoder's tokens, and the K and V of their sources. */
+void sm_mixer_attention_across(const struct sm_pass *p, int layer, struct sm_attention *a,
+                               struct sm_source *out);
+/* k, v of the encoder's tokens, for one of the decoder's layers, enter the cache. */
+void sm_mixer_attention_store(const struct sm_pass *p, int layer);
 
 #endif

@@ -32,6 +32,9 @@ enum need {
 #define ATTENDS (layer->plan.mixer == SM_MIXER_ATTENTION)
 #define CONVOLVES (layer->plan.mixer == SM_MIXER_CONV)
 #define SCANS (layer->plan.mixer == SM_MIXER_SSM)
+#define CROSSES (arch->has_encoder && index < h->n_layer)
+#define DISTANCES                                                                    \
+    (!arch->biased_distances ? ABSENT : index == 0 || index == h->n_layer ? REQUIRED : OPTIONAL)
 #define SHARED (h->n_ff_shared > 0)
 #define NORMS_BEFORE (arch->norms != SM_NORMS_AFTER)
 #define NORMS_AFTER (arch->norms != SM_NORMS_BEFORE)
@@ -175,9 +178,15 @@ static int bind_layer_matrix(struct loader *l, const char *name, enum need need,
     return bind_vector(l, scale, OPTIONAL, 1, &out->scale);
 }
 
+static void layer_name(const struct loader *l, int layer, const char *suffix, char *out) {
+    const char *stack = !l->m->arch->has_encoder ? "" : layer < l->m->h.n_layer ? "dec." : "enc.";
+    int i = layer < l->m->h.n_layer ? layer : layer - l->m->h.n_layer;
+    snprintf(out, SM_NAME_MAX, "%sblk.%d.%s", stack, i, suffix);
+}
+
 static bool has_tensor(const struct loader *l, int layer, const char *suffix) {
-    char name[64];
-    snprintf(name, sizeof name, "blk.%d.%s", layer, suffix);
+    char name[SM_NAME_MAX];
+    layer_name(l, layer, suffix, name);
     return sm_gguf_find_tensor(l->g, name) != NULL;
 }
 
@@ -188,19 +197,19 @@ static int bind_layer(struct loader *l, int index, struct sm_layer *layer) {
     int status;
     layer->plan = sm_arch_plan(arch, h, index);
 #define SM_VECTOR(field, suffix, need, length)                                       \
-    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    layer_name(l, index, suffix, name);                                              \
     status = bind_vector(l, name, need, (size_t)(length), &layer->field);            \
     if (status != SMALLM_OK) return status;
 #define SM_ROWS(field, suffix, need, rows, columns)                                  \
-    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    layer_name(l, index, suffix, name);                                              \
     status = bind_rows(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
     if (status != SMALLM_OK) return status;
 #define SM_MATRIX(field, suffix, need, rows, columns)                                \
-    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    layer_name(l, index, suffix, name);                                              \
     status = bind_layer_matrix(l, name, need, (size_t)(rows), (size_t)(columns), &layer->field); \
     if (status != SMALLM_OK) return status;
 #define SM_EXPERTS(field, suffix, need, n, rows, columns)                            \
-    snprintf(name, sizeof name, "blk.%d.%s", index, suffix);                         \
+    layer_name(l, index, suffix, name);                                              \
     status = bind_experts(l, name, need, (size_t)(n), (size_t)(rows), (size_t)(columns), \
                           &layer->field);                                            \
     if (status != SMALLM_OK) return status;
@@ -306,11 +315,12 @@ static int bind_all(struct loader *l, float **rope_factors) {
     status = bind_vector(l, "output_norm.bias", IF(arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
     if (status != SMALLM_OK) return status;
-    status = bind_rows(l, "position_embd.weight", IF(arch->rope == SM_ROPE_NONE && m->h.max_alibi == 0),
-                       (size_t)m->h.n_ctx_train, n_embd, &m->positions);
+    status = bind_rows(l, "position_embd.weight", IF(arch->rope == SM_ROPE_NONE && m->h.max_alibi == 0 && m->h.n_buckets == 0), (size_t)m->h.n_ctx_train, n_embd, &m->positions);
+    if (status != SMALLM_OK) return status;
+    status = bind_vector(l, "enc.output_norm.weight", IF(arch->has_encoder), n_embd, &m->encoder_norm);
     if (status != SMALLM_OK) return status;
     status = bind_factors(l, rope_factors);
-    for (int i = 0; i < m->h.n_layer && status == SMALLM_OK; i++)
+    for (int i = 0; i < m->h.n_layer + m->h.n_encoder && status == SMALLM_OK; i++)
         status = bind_layer(l, i, &m->layers[i]);
     if (status != SMALLM_OK) return status;
     for (size_t i = 0; i < sm_gguf_n_tensors(l->g); i++) {
@@ -485,6 +495,14 @@ static void describe_formats(const struct loader *l, char *out, size_t cap) {
     }
 }
 
+/* Whether w is read once for the encoder's text, and not to decode. */
+static bool is_of_source(const struct sm_model *m, const struct sm_matrix *w) {
+    for (int i = 0; i < m->h.n_layer && m->h.n_encoder > 0; i++)
+        if (w == &m->layers[i].cross_k || w == &m->layers[i].cross_v) return true;
+    uintptr_t begin = (uintptr_t)(m->layers + m->h.n_layer), at = (uintptr_t)w;
+    return at >= begin && at < begin + (size_t)m->h.n_encoder * sizeof m->layers[0];
+}
+
 static void describe(const struct loader *l) {
     struct sm_model *m = l->m;
     const struct sm_hparams *h = &m->h;
@@ -499,6 +517,7 @@ static void describe(const struct loader *l) {
     for (size_t j = 0; j < l->n_jobs; j++) {
         const struct job *job = &l->jobs[j];
         if (job->matrix == NULL) continue;
+        if (is_of_source(m, job->matrix)) continue;
         size_t bytes = job->matrix->n_panels * job->matrix->panel_bytes;
         info->n_token_bytes += job->n_experts > 1 ? bytes / job->n_experts * (size_t)h->n_used : bytes;
     }
@@ -509,6 +528,7 @@ static void describe(const struct loader *l) {
     info->n_head = h->n_head;
     info->n_head_kv = h->n_head_kv;
     info->n_ff = h->n_ff;
+    info->decoder_start = h->decoder_start;
     info->head_size = h->head;
     info->bos = t.bos;
     info->eos = t.eos;
@@ -584,6 +604,47 @@ static int make_slopes(struct loader *l) {
     return SMALLM_OK;
 }
 
+/* The bucket of keys at `distance` from the query.  Near ones have their own, farther ones share
+ * those that are left, in steps that grow; keys after the query have half of all. */
+static int bucket_of(int n_buckets, bool after, int distance) {
+    int first = 0;
+    if (after) {
+        n_buckets /= 2;
+        first = distance > 0 ? n_buckets : 0;
+    }
+    int n = distance < 0 ? -distance : after ? distance : 0, near = n_buckets / 2;
+    if (n < near) return first + n;
+    double step = sm_log((double)n / near) / sm_log((double)SM_FAR / near) * (n_buckets - near);
+    return first + SM_MIN(near + (int)(step + 1e-9), n_buckets - 1); /* whole steps end in it */
+}
+
+/* A row of biases for each head of the layers that have their own; the others share the row of the
+ * first layer of their stack. */
+static int make_biases(struct loader *l) {
+    struct sm_model *m = l->m;
+    int n_layer = m->h.n_layer + m->h.n_encoder;
+    size_t n_head = (size_t)m->h.n_head, n = 0;
+    for (int i = 0; i < n_layer; i++) n += m->layers[i].distances != NULL;
+    if (n == 0) return SMALLM_OK;
+    m->biases = sm_calloc(n * n_head, SM_DISTANCES * sizeof m->biases[0]);
+    if (m->biases == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
+    float *next = m->biases;
+    for (int i = 0; i < n_layer; i++) {
+        struct sm_layer *layer = &m->layers[i];
+        bool encodes = i >= m->h.n_layer;
+        layer->biases = m->layers[encodes ? m->h.n_layer : 0].biases;
+        if (layer->distances == NULL) continue;
+        layer->biases = next;
+        for (size_t head = 0; head < n_head; head++)
+            for (int d = 0; d < SM_DISTANCES; d++) {
+                int bucket = bucket_of(m->h.n_buckets, encodes, d - SM_FAR - SM_CHUNK);
+                *next++ = layer->distances[(size_t)bucket * n_head + head];
+            }
+    }
+    return SMALLM_OK;
+}
+
 static int open_file(struct loader *l, const smallm_model_params *params) {
     struct sm_model *m = l->m;
     int n_threads = params->n_threads;
@@ -602,11 +663,15 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
         return sm_fail(l->err, SMALLM_E_CORRUPT, "%s: %s.vocab_size is %d; the tokenizer has %d tokens",
                        sm_gguf_path(l->g), m->arch->name, m->h.n_vocab, n_tokens);
     m->h.n_vocab = n_tokens;
+    if (m->h.decoder_start >= n_tokens)
+        return sm_fail(l->err, SMALLM_E_CORRUPT,
+                       "%s: %s.decoder_start_token_id is %d; allowed are 0 to %d", sm_gguf_path(l->g),
+                       m->arch->name, m->h.decoder_start, n_tokens - 1);
 
     size_t n_tensors = sm_gguf_n_tensors(l->g);
     l->bound = sm_calloc(n_tensors, sizeof l->bound[0]);
     l->jobs = sm_calloc(n_tensors, sizeof l->jobs[0]);
-    m->layers = sm_calloc((size_t)m->h.n_layer, sizeof m->layers[0]);
+    m->layers = sm_calloc((size_t)(m->h.n_layer + m->h.n_encoder), sizeof m->layers[0]);
     m->matrices = sm_calloc(n_tensors, sizeof m->matrices[0]);
     if (l->bound == NULL || l->jobs == NULL || m->layers == NULL || m->matrices == NULL)
         return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory for the tensor table",
@@ -616,7 +681,7 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     if (status != SMALLM_OK) return status;
     status = pack_all(l, n_threads, params->memory_limit);
     if (status != SMALLM_OK) return status;
-    for (int i = 0; i < m->h.n_layer && status == SMALLM_OK; i++) {
+    for (int i = 0; i < m->h.n_layer + m->h.n_encoder && status == SMALLM_OK; i++) {
         split_fused(&m->h, &m->layers[i]);
         status = turn_conv(l, m->layers[i].plan.mixer == SM_MIXER_SSM ? m->layers[i].ssm_conv
                                                                        : m->layers[i].conv);
@@ -625,6 +690,8 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     status = make_rope_freqs(l, rope_factors);
     if (status != SMALLM_OK) return status;
     status = make_slopes(l);
+    if (status != SMALLM_OK) return status;
+    status = make_biases(l);
     if (status != SMALLM_OK) return status;
     status = copy_metadata(l);
     if (status != SMALLM_OK) return status;
@@ -666,6 +733,7 @@ void sm_model_free(struct sm_model *m) {
     sm_free(m->matrices);
     sm_free(m->rope_freqs);
     sm_free(m->slopes);
+    sm_free(m->biases);
     sm_free(m->panels);
     sm_free(m->vectors);
     sm_free(m->metadata);

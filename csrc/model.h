@@ -24,9 +24,15 @@ struct sm_named_matrix { /* a matrix that adapters may change */
     const struct sm_matrix *matrix;
 };
 
+/* From SM_FAR on distances have the same bias.  A row of biases begins SM_FAR + SM_CHUNK positions
+ * before the query: whatever the distance, a chunk's biases lie together in it. */
+#define SM_FAR 128
+#define SM_DISTANCES (2 * (SM_FAR + SM_CHUNK))
+
 struct sm_layer {
     struct sm_layer_plan plan;
     bool parallel; /* the feed-forward reads x before attention adds to it */
+    const float *biases; /* [n_head][SM_DISTANCES] of scores, or NULL: `distances` spread out */
 #define SM_VECTOR(field, ...) float *field;
 #define SM_ROWS(field, ...) float *field;
 #define SM_MATRIX(field, ...) struct sm_matrix field;
@@ -48,13 +54,15 @@ struct sm_model {
     const struct sm_arch *arch;
     const struct sm_kernels *kernels;
     struct sm_tokenizer *tokenizer;
-    struct sm_layer *layers;       /* [h.n_layer] */
+    struct sm_layer *layers;       /* [h.n_layer + h.n_encoder] the encoder's last */
     struct sm_named_matrix *matrices; /* [n_matrices] of all layers */
     size_t n_matrices;
     struct sm_matrix head;         /* logits; the embedding table too where they are tied */
     float *head_bias;              /* [n_vocab] or NULL */
     float *output_norm;            /* [n_embd] */
     float *output_norm_b;          /* [n_embd] or NULL */
+    float *encoder_norm;           /* [n_embd] of the encoder's last layer, or NULL */
+    float *biases;                 /* of all layers, or NULL */
     float *positions;              /* [n_ctx_train][n_embd] learned ones, or NULL */
     /* [n_rope][n_rot / 2] radians per position; behind them, where the file has factors for short
      * contexts, those of these. */
@@ -86,7 +94,8 @@ static inline sm_gated_fn *sm_model_gate(const struct sm_model *m) {
     case SM_FFN_GEGLU: return m->kernels->geglu;
     case SM_FFN_RELU2GLU: return m->kernels->relu2glu;
     case SM_FFN_GELU:
-    case SM_FFN_GELU_ERF: break;
+    case SM_FFN_GELU_ERF:
+    case SM_FFN_RELU: break;
     }
     return NULL;
 }

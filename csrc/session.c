@@ -19,8 +19,9 @@ struct sm_session {
     struct sm_timers timers;
     /* The batch's arrays, [n_batch] each. */
     int32_t *tokens;
-    int *positions;
+    int *positions, *ends;
     struct sm_seq **seqs;
+    const struct sm_seq **sources;
     struct sm_adaptation *adaptations;
     struct sm_block *blocks;
     struct sm_run *runs;
@@ -58,7 +59,9 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     s->floats = sm_alloc(s->n_float_bytes);
     s->tokens = sm_calloc(n, sizeof s->tokens[0]);
     s->positions = sm_calloc(n, sizeof s->positions[0]);
+    s->ends = sm_calloc(n, sizeof s->ends[0]);
     s->seqs = sm_calloc(n, sizeof s->seqs[0]);
+    s->sources = sm_calloc(n, sizeof s->sources[0]);
     s->adaptations = sm_calloc(n, sizeof s->adaptations[0]);
     s->blocks = sm_calloc(n, sizeof s->blocks[0]);
     s->runs = sm_calloc(n, sizeof s->runs[0]);
@@ -66,7 +69,8 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     s->logits = sm_calloc(n, sizeof s->logits[0]);
     s->peaks = sm_calloc(n, sizeof s->peaks[0]);
     s->allowed = sm_calloc(n, sizeof s->allowed[0]);
-    if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->seqs == NULL ||
+    if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->ends == NULL ||
+        s->seqs == NULL || s->sources == NULL ||
         s->blocks == NULL || s->runs == NULL || s->wanted == NULL || s->logits == NULL ||
         s->peaks == NULL || s->allowed == NULL || s->adaptations == NULL)
         return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
@@ -123,7 +127,9 @@ void sm_session_free(struct sm_session *s) {
     sm_free(s->floats);
     sm_free(s->tokens);
     sm_free(s->positions);
+    sm_free(s->ends);
     sm_free(s->seqs);
+    sm_free(s->sources);
     sm_free(s->adaptations);
     sm_free(s->blocks);
     sm_free(s->runs);
@@ -186,6 +192,11 @@ static int prepare(struct sm_session *s, const struct sm_span *spans, int n_span
             return sm_fail(err, SMALLM_E_ARGUMENT, "a pass of %d tokens; allowed are 1 to %d",
                            n + span->n, s->params.n_batch);
         n += span->n;
+        bool has_encoder = s->model->h.n_encoder > 0, has_source = span->source != NULL && span->source->n > 0;
+        if (span->encodes != spans[0].encodes || has_encoder != (span->encodes || has_source) ||
+            (span->encodes && span->seq->n > 0))
+            return sm_fail(err, SMALLM_E_ARGUMENT,
+                           "a pass encodes whole texts, or decodes with what encoding them gave");
         if (span->n > s->params.n_ctx - span->seq->n)
             return sm_fail(err, SMALLM_E_CONTEXT, "%d tokens; the context holds %d",
                            span->seq->n + span->n, s->params.n_ctx);
@@ -217,8 +228,11 @@ static int reserve_adapters(struct sm_session *s, const struct sm_span *spans, i
 static int reserve_partial(struct sm_session *s, const struct sm_batch *batch, smallm_error *err) {
     const struct sm_hparams *h = &s->model->h;
     size_t n_chunks = 0;
-    for (size_t t = 0; t < batch->n; t++)
-        n_chunks = SM_MAX(n_chunks, (size_t)batch->positions[t] / SM_CHUNK + 1);
+    for (size_t t = 0; t < batch->n; t++) {
+        int end = batch->ends[t];
+        if (batch->sources != NULL) end = SM_MAX(end, batch->sources[t]->n);
+        n_chunks = SM_MAX(n_chunks, (size_t)(end - 1) / SM_CHUNK + 1);
+    }
     size_t need = batch->n * (size_t)h->n_head * n_chunks * (size_t)(h->head + 2);
     s->buffers.max_chunks = n_chunks;
     if (need > s->cap_partial) { /* grows by doubling, so that decode hardly ever allocates */
@@ -239,7 +253,7 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
     const struct sm_hparams *h = &s->model->h;
     size_t group = h->n_kv_layer > 0 ? (size_t)(h->n_head / h->n_head_kv) : 1;
     size_t block_tokens = SM_ATTEND_MAX / group;
-    *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .seqs = s->seqs,
+    *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .ends = s->ends, .seqs = s->seqs,
                                .blocks = s->blocks, .runs = s->runs, .wanted = s->wanted, .logits = s->logits,
                                .peaks = s->peaks, .allowed = s->allowed, .alone = true};
     for (int i = 0; i < n_spans; i++) {
@@ -251,7 +265,9 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
             size_t at = batch->n + t;
             s->tokens[at] = span->tokens[t];
             s->positions[at] = span->seq->n + (int)t;
+            s->ends[at] = span->seq->n + (span->encodes ? span->n : (int)t + 1);
             s->seqs[at] = span->seq;
+            s->sources[at] = span->source;
             s->adaptations[at] = span->adaptation;
             if (span->want == SM_WANT_ALL || (span->want == SM_WANT_LAST && t + 1 == n)) {
                 size_t row = span->want == SM_WANT_ALL ? t : 0;
@@ -273,6 +289,8 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
         batch->n += n;
     }
     if (batch->n > SM_ALONE_MAX) batch->alone = false;
+    batch->encodes = spans[0].encodes;
+    if (h->n_encoder > 0 && !batch->encodes) batch->sources = s->sources;
 }
 
 int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_spans,

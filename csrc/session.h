@@ -11,7 +11,9 @@
 #include "timers.h"
 
 struct sm_session;
-struct sm_seq; /* what layers keep of one text's tokens; shared between forks */
+/* What layers keep of one text's tokens; shared between forks.  Of an encoder's text, a source, it is
+ * what the decoder's layers attend to: made by one pass, and then never changed. */
+struct sm_seq;
 
 struct sm_session_params {
     int n_threads, n_ctx, n_batch, kv_type; /* all resolved: no zeros */
@@ -41,6 +43,10 @@ enum sm_want { SM_WANT_NONE, SM_WANT_LAST, SM_WANT_ALL };
 
 struct sm_span { /* the next tokens of one sequence */
     struct sm_seq *seq;
+    /* Where the model has an encoder: tokens are all of its text, nothing is wanted, and seq, which is
+     * empty, becomes a source.  A pass's spans are all of this kind, or none is. */
+    bool encodes;
+    const struct sm_seq *source; /* where it has one and does not encode: the sequence's source */
     const int32_t *tokens; /* [n] ids in range */
     int n;
     enum sm_want want;

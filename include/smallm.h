@@ -104,6 +104,7 @@ typedef struct smallm_model_info {
     char tokenizer[32];      /* "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE) */
     char pre_tokenizer[32];
     double load_s;           /* seconds smallm_model_open took */
+    int32_t decoder_start;   /* encoder-decoders: the token that an answer begins with; else -1 */
 } smallm_model_info;
 
 int smallm_model_get_info(const smallm_model *model, smallm_model_info *out, smallm_error *err);
@@ -179,7 +180,7 @@ typedef struct smallm_engine_params {
     size_t size;
     int32_t n_threads;     /* 0: SMALLM_THREADS, else the default count; 1 .. 256 */
     int32_t n_ctx;         /* positions a sequence may hold; 0: the trained length */
-    int32_t n_batch;       /* tokens in one forward pass; 0: 512 */
+    int32_t n_batch;       /* tokens in one forward pass; 0: 512, or with an encoder n_ctx up to 2048 */
     int32_t kv_type;       /* smallm_kv_type */
     uint64_t memory_limit; /* bytes for KV cache, states and scratch, 0: none */
     int32_t timers;        /* 1: keeps smallm_engine_timer's sums; 0: only where SMALLM_TIMERS=1 */
@@ -249,6 +250,11 @@ typedef struct smallm_request_params {
     int32_t n_chunk;         /* tokens prefilled in one pass, 1 .. n_batch; 0: n_batch */
     float adapter_scale;     /* what `adapter` adds is multiplied by this; 0: 1 */
     smallm_adapter *adapter; /* of the engine's model, or NULL: the model alone */
+    /* Encoder-decoders: [n_source] the text that the encoder reads, at least 1 token, and at most n_ctx
+     * and n_batch: it is run in one pass.  `tokens` are then what the answer begins with, the model's
+     * decoder_start first.  Other models have none. */
+    const int32_t *source;
+    size_t n_source;
 } smallm_request_params;
 
 /* Everything in `params` but `logits` is copied, and the adapter is held.  *out is the caller's, to be
@@ -289,7 +295,8 @@ void smallm_request_cancel(smallm_request *request);
 
 typedef struct smallm_request_stats {
     size_t size;
-    int32_t n_prompt, n_cached, n_completion; /* tokens; n_cached of the prompt came from the cache */
+    /* tokens; n_cached of the prompt came from the cache; a source is part of it */
+    int32_t n_prompt, n_cached, n_completion;
     int32_t n_chunks;     /* forward passes that held a part of the prompt */
     int32_t finish;       /* smallm_finish */
     double queue_s, prefill_s, decode_s, ttft_s; /* seconds; ttft: submit to first token */

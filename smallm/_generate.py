@@ -374,18 +374,22 @@ def submit(
     logits: CData = None,
     n_chunk: int = 0,
     adapted: Adaptation | None = None,
+    source: Sequence[int] | None = None,
 ) -> CData:
     """Submits `ids` and returns a `smallm_request **` that owns the request.
 
-    `engine` is asked for the engine's box at the last moment.  Without `options` only the prompt is
-    run, with `adapted`.  `logits` is a writable [n_ids][n_vocab] buffer, kept alive as long as the
-    request.
+    `source` is what the model's encoder reads, where it has one.  `engine` is asked for the
+    engine's box at the last moment.  Without `options` only the prompt is run, with `adapted`.
+    `logits` is a writable [n_ids][n_vocab] buffer, kept alive as long as the request.
     """
     params, error = new("request_params"), new("error")
     sampling = params.sampling
     sampling.size = ffi.sizeof(sampling)
     keep = [ffi.new("int32_t[]", ids)]
     params.tokens, params.n_tokens = keep[0], len(ids)
+    if source is not None:
+        keep.append(ffi.new("int32_t[]", source))
+        params.source, params.n_source = keep[-1], len(source)
     params.n_chunk = n_chunk
     params.n_logprobs = -1
     if logits is not None:

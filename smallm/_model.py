@@ -339,16 +339,19 @@ class Model:
         self,
         ids: Sequence[int],
         *,
+        source: Sequence[int] | None = None,
         chunk: int | None = None,
         adapter: str | None = None,
         adapter_scale: float = 1.0,
     ) -> npt.NDArray[np.float32]:
         """What the model expects after each of `ids`: float32 [n_ids, n_vocab], before softmax.
 
+        source: of an encoder-decoder, and only of one: token ids that the encoder reads.  `ids` are
+        then the decoder's, which begin with the model's decoder_start_token_id.
         chunk: tokens computed in one pass, 1 .. 512 (the default).  It changes speed and memory,
         never the result.
         adapter, adapter_scale: see smallm.Params.
-        ContextOverflowError: more ids than the context holds.
+        ContextOverflowError: more ids, or longer a source, than the context holds.
         """
         import numpy as np
 
@@ -357,6 +360,14 @@ class Model:
             raise ValueError("ids is empty: give at least one token")
         n_chunk = 0 if chunk is None else integer("chunk", chunk, 1, self._engine_info().n_batch)
         self._check_length(tokens)
+        if source is not None:
+            source = token_ids("source", source, self._vocabulary)
+            self._check_length(source, "source")
+        if (self._info.decoder_start >= 0) is not bool(source):
+            kind = "has no encoder" if source else "has an encoder, which reads a source"
+            raise ValueError(
+                f"source is {'given' if source else 'missing or empty'}; {self!r} {kind}"
+            )
         out = np.empty((len(tokens), self._vocabulary), np.float32)
         buffer = ffi.from_buffer("float[]", out, require_writable=True)
         adapted = adaptation(adapter, adapter_scale, self._adapters)
@@ -367,6 +378,7 @@ class Model:
             logits=buffer,
             n_chunk=n_chunk,
             adapted=adapted,
+            source=source,
         )
         stream = Stream(self, box, 0, -1)
         finish([stream])
@@ -383,6 +395,7 @@ class Model:
     def generate(self, prompt: Any, **params: Any) -> Completion | list[Completion]:
         """Completes `prompt`: text or token ids; a list of them gives a list, run as a batch.
 
+        An encoder-decoder's encoder reads all of it, and its decoder writes the answer.
         Text is taken literally: "<|im_start|>" in it is no special token (tokenize() it with
         parse_special for that).  Item i of a list uses seed + i.  Parameters: see smallm.Params.
         ContextOverflowError: a prompt is longer than the context.
@@ -499,7 +512,10 @@ class Model:
         return ids
 
     def _room(self, options: Options) -> int:
-        """Prompt tokens that leave room for the answer, of which at most half the context."""
+        """Prompt tokens that leave room for the answer, of which at most half the context; a source
+        leaves all of it."""
+        if self._info.decoder_start >= 0:
+            return self._ctx
         return max(1, self._ctx - min(options.max_tokens, self._ctx // 2))
 
     def _truncated(self, ids: list[int], options: Options) -> list[int]:
@@ -520,8 +536,10 @@ class Model:
             )
 
     def _submit(self, ids: Sequence[int], options: Options, i: int) -> Stream:
-        seed = (options.seed + i) % 2**64
-        box = submit(lambda: self._live().engine, ids, options, seed)
+        seed, source = (options.seed + i) % 2**64, None
+        if self._info.decoder_start >= 0:
+            source, ids = ids, [self._info.decoder_start]
+        box = submit(lambda: self._live().engine, ids, options, seed, source=source)
         return Stream(self, box, seed, options.n_logprobs)
 
     # ---- chat templates ----

@@ -102,6 +102,19 @@ def write_adapter(case: str, shapes: dict[str, list[int]], folder: Path, **confi
     return folder
 
 
+def ask(model: Any, ids: Any, **options: Any) -> np.ndarray:
+    """Logits [n_ids, n_vocab] of a golden's ids, of whatever kind it is."""
+    if any(key.endswith(".decoder_start_token_id") for key in model.metadata):
+        return model.logits(decoder_ids(ids), source=ids, **options)
+    return model.logits(ids, **options)
+
+
+def decoder_ids(ids: Any) -> np.ndarray:
+    """What the decoder of an encoder-decoder gets beside the encoder's ids [n]: as many others, the
+    first of them the goldens' decoder_start_token_id."""
+    return np.concatenate([[3], np.asarray(ids)[:0:-1]]).astype(np.int32)
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 

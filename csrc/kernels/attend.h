@@ -89,6 +89,12 @@ static inline void sm_add_slope(float *score, size_t begin, size_t n, float slop
             score[j + l] = sm_fma(slope, (float)((int)(j + l) - at), score[j + l]);
 }
 
+/* s_j += bias_j at n positions from `begin` on, n a multiple of 16. */
+static inline void sm_add_bias(float *score, size_t begin, size_t n, const float *bias) {
+    for (size_t j = begin; j < begin + n; j += 16)
+        for (size_t l = 0; l < 16; l++) score[j + l] += bias[j + l];
+}
+
 static inline __attribute__((always_inline)) void
 sm_attend_tiles(const struct sm_attend *a, int kv_type, sm_score_fn *score, sm_cap_fn *cap,
                 sm_softmax_fn *softmax, sm_value_fn *value, sm_widen_fn *widen, sm_scale_fn *scale) {
@@ -131,6 +137,7 @@ sm_attend_tiles(const struct sm_attend *a, int kv_type, sm_score_fn *score, sm_c
             size_t begin = tile[t].lo / 16 * 16, end = sm_round_up(tile[t].hi, 16);
             if (a->cap != 0) cap(s + begin, a->cap, end - begin);
             if (a->slope != NULL) sm_add_slope(s, begin, end - begin, a->slope[i], a->at[i]);
+            if (a->bias != NULL) sm_add_bias(s, begin, end - begin, a->bias[i]);
             softmax(s, begin, end, (size_t)a->lo[i], (size_t)a->hi[i], a->m + i, a->l + i);
         }
     memset(a->o, 0, a->n_q * a->head * sizeof *a->o);

@@ -37,7 +37,8 @@
  * Attention (attend, attend_fold).  Scores, probabilities and sums within one absolute chunk of
  * SM_CHUNK positions; only positions lo <= j < hi of the chunk are valid:
  *   s_j = q . k_j by acc = fma(q[d], k_j[d], acc), d ascending from acc = 0 (q is pre-scaled);
- *   with a cap, s_j = softcap(s_j, cap); with slopes, then s_j = fma(slope, (float)(j - at), s_j)
+ *   with a cap, s_j = softcap(s_j, cap); with slopes, then s_j = fma(slope, (float)(j - at), s_j);
+ *   with biases, then s_j = s_j + bias_j
  *   m = max s_j;  e_j = expf(s_j - m);  l = tree16 of lanes lane[j % 16] += e_j, j ascending
  *   o[d] = acc = fma(e_j, v_j[d], acc), j ascending from acc = 0; then + 0.0f
  * K and V are read as the cache holds them.  int8 is read as the code c; the score is then (q . c_j) *
@@ -56,6 +57,7 @@
  * h = expf(-(x * x * 0.5f)) * (q * t); x < 0: x * h, else fma(-x, h, x): the exact form
  * 0.5 x (1 + erf(x / sqrt 2)), whose error is below 2e-7 |x|.  h is 1 - that factor for |x|, which has
  * no step near 0 and no cancellation far from it.
+ * relu(x) = x < 0 ? 0 : x, where NaN stays.
  * softcap(x, cap): u = expf(x * (2 / cap)); cap * ((u - 1) / (u + 1)), which is cap tanh(x / cap).
  * swiglu_clamped: g = min(gate, 7), u = max(-7, min(up, 7)), where NaN stays;
  * out = g / (1 + expf(-(g * 1.702f))) * (u + 1).
@@ -172,6 +174,8 @@ struct sm_attend {
     float cap;             /* of the scores' soft cap; 0: none */
     const float *slope;    /* [n_q] ALiBi: what a score changes by per position; NULL: none */
     const int *at;         /* [n_q] with slopes: the query's position less the chunk's first */
+    /* [n_q] pointers to [SM_CHUNK], what is added to the scores of the chunk's positions; NULL: none */
+    const float *const *bias;
     const void *k[SM_CHUNK_PAGES]; /* pages: [SM_PAGE / 16][head][16] of kv_type; NULL past max(hi) */
     const void *v[SM_CHUNK_PAGES]; /* pages: [SM_PAGE][head] of kv_type; behind both, for int8, float
                                     * scales [SM_PAGE] */
@@ -213,7 +217,7 @@ struct sm_kernels {
     void (*kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
                      const float *v, size_t head);
 
-    /* Norms, softcap, sigmoid and all that is a gelu or a glu may work in place.  b may be NULL. */
+    /* Norms, softcap, sigmoid, relu and all that is a gelu or a glu may work in place.  b may be NULL. */
     void (*rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
     void (*layer_norm)(float *out, const float *x, const float *w, const float *b, size_t n, float eps);
     /* x[0 .. 2 n_pairs) in place, neighbours (x[2 i], x[2 i + 1]) turn by (cos[i], sin[i]). */
@@ -226,6 +230,7 @@ struct sm_kernels {
     sm_gated_fn *relu2glu; /* relu(gate)^2 * up */
     void (*gelu)(float *out, const float *x, size_t n);
     void (*gelu_erf)(float *out, const float *x, size_t n);
+    void (*relu)(float *out, const float *x, size_t n);
     void (*softcap)(float *out, const float *x, float cap, size_t n);
     void (*sigmoid)(float *out, const float *x, size_t n);
     void (*silu)(float *out, const float *x, size_t n); /* may work in place */

@@ -20,6 +20,14 @@ static int first_chunk(const struct sm_attention *a, int position) {
     return first_visible(a, position) / SM_CHUNK;
 }
 
+/* The sequence that token t attends to, and how many of its positions it sees at most. */
+static const struct sm_seq *seq_of(const struct sm_attention *a, size_t t) {
+    return a->across ? a->p->batch->sources[t] : a->p->batch->seqs[t];
+}
+static int end_of(const struct sm_attention *a, size_t t) {
+    return a->across ? a->p->batch->sources[t]->n : a->p->batch->ends[t];
+}
+
 /* Where token t's query heads of one kv head begin in buffers->q. */
 static float *query_of(const struct sm_attention *a, size_t t, size_t kv_head) {
     return a->p->buffers->q + (t * a->n_head_kv + kv_head) * a->group * a->head;
@@ -107,11 +115,19 @@ static void set_slopes(const struct sm_attention *a, size_t kv_head, int positio
     }
 }
 
-/* Valid positions of `chunk` for a token at `position`. */
-static void set_range(const struct sm_attention *a, int position, int chunk, int16_t *lo, int16_t *hi) {
-    int begin = chunk * SM_CHUNK, first = first_visible(a, position);
+/* Where the biases of the queries of one kv head and token at `position` begin in `chunk`. */
+static void set_biases(const struct sm_attention *a, size_t kv_head, int position, int chunk,
+                       const float **bias) {
+    int distance = SM_MAX(SM_MIN(chunk * SM_CHUNK - position, SM_FAR), -SM_FAR - SM_CHUNK);
+    for (size_t g = 0; g < a->group && a->biases != NULL; g++)
+        bias[g] = a->biases + (kv_head * a->group + g) * SM_DISTANCES + (distance + SM_FAR + SM_CHUNK);
+}
+
+/* Valid positions of `chunk` for token t. */
+static void set_range(const struct sm_attention *a, size_t t, int chunk, int16_t *lo, int16_t *hi) {
+    int begin = chunk * SM_CHUNK, first = first_visible(a, a->p->batch->positions[t]);
     *lo = (int16_t)(SM_MAX(first, begin) - begin);
-    *hi = (int16_t)(SM_MIN(position + 1, begin + SM_CHUNK) - begin);
+    *hi = (int16_t)(SM_MIN(end_of(a, t), begin + SM_CHUNK) - begin);
 }
 
 /* ---- decode ------------------------------------------------------------------------------------------------ */
@@ -145,7 +161,7 @@ static const void *first_page(const struct sm_attention *a, size_t item) {
     if (item >= a->items_before[batch->n]) return NULL;
     struct decode d = decode_of(a, item);
     int position = SM_MAX(first_visible(a, batch->positions[d.t]), d.chunk * SM_CHUNK);
-    return sm_cache_part(a->p->cache, batch->seqs[d.t]->pages[position / SM_PAGE], a->layer,
+    return sm_cache_part(a->p->cache, seq_of(a, d.t)->pages[position / SM_PAGE], a->layer,
                          (int)d.kv_head, 0);
 }
 
@@ -154,21 +170,24 @@ static void decode_item(void *context, size_t item, void *scratch, float *local)
     const struct sm_batch *batch = a->p->batch;
     const struct decode d = decode_of(a, item);
     int position = batch->positions[d.t];
-    if (d.chunk == position / SM_CHUNK) store_kv(a, d.t, d.kv_head, local);
+    if (!a->across && d.chunk == position / SM_CHUNK) store_kv(a, d.t, d.kv_head, local);
 
     make_queries(a, d.t, d.kv_head, local);
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
     float slope[SM_ATTEND_MAX];
     int at[SM_ATTEND_MAX];
-    for (size_t g = 0; g < a->group; g++) set_range(a, position, d.chunk, &lo[g], &hi[g]);
+    const float *bias[SM_ATTEND_MAX];
+    for (size_t g = 0; g < a->group; g++) set_range(a, d.t, d.chunk, &lo[g], &hi[g]);
     set_slopes(a, d.kv_head, position, d.chunk, slope, at);
+    set_biases(a, d.kv_head, position, d.chunk, bias);
     float *m = partial_of(a, d.t, d.kv_head, (size_t)(d.chunk - d.first));
     /* Neighbouring items are taken one after the other, mostly. */
     struct sm_attend call = {.q = local, .lo = lo, .hi = hi, .n_q = a->group, .m = m,
                              .l = m + a->group, .o = m + 2 * a->group, .scratch = scratch,
                              .next = first_page(a, item + 1),
-                             .slope = a->p->model->slopes != NULL ? slope : NULL, .at = at};
-    set_pages(a, &call, batch->seqs[d.t], d.kv_head, d.chunk, position);
+                             .slope = a->p->model->slopes != NULL ? slope : NULL, .at = at,
+                             .bias = a->biases != NULL ? bias : NULL};
+    set_pages(a, &call, seq_of(a, d.t), d.kv_head, d.chunk, end_of(a, d.t) - 1);
     a->p->model->kernels->attend(&call);
 }
 
@@ -177,7 +196,7 @@ static const float *decode_row(const struct sm_source *s, size_t t, float *out) 
     const struct sm_attention *a = s->context;
     const struct sm_kernels *k = s->kernels;
     int position = a->p->batch->positions[t];
-    size_t n_chunks = (size_t)(position / SM_CHUNK - first_chunk(a, position) + 1);
+    size_t n_chunks = (size_t)((end_of(a, t) - 1) / SM_CHUNK - first_chunk(a, position) + 1);
     for (size_t h = 0; h < a->n_head_kv; h++)
         for (size_t g = 0; g < a->group; g++) {
             const float *first = partial_of(a, t, h, 0);
@@ -223,28 +242,31 @@ static void block_item(void *context, size_t item, void *scratch, float *local) 
 
     for (size_t i = 0; i < block->n; i++)
         make_queries(a, block->first + i, kv_head, q + i * group * head);
-    int first = first_chunk(a, positions[0]), last = positions[block->n - 1];
+    int first = first_chunk(a, positions[0]), last = end_of(a, block->first + block->n - 1) - 1;
     for (int chunk = first; chunk <= last / SM_CHUNK; chunk++) {
-        /* Tokens that see the chunk lie together: positions and windows ascend. */
+        /* Tokens that see the chunk lie together: windows and ends ascend. */
         size_t begin = 0, end = block->n;
-        while (positions[begin] < chunk * SM_CHUNK) begin++;
+        while (end_of(a, block->first + begin) <= chunk * SM_CHUNK) begin++;
         while (first_chunk(a, positions[end - 1]) > chunk) end--;
         if (begin >= end) continue;
         int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
         float slope[SM_ATTEND_MAX];
         int at[SM_ATTEND_MAX];
+        const float *bias[SM_ATTEND_MAX];
         for (size_t i = begin; i < end; i++) {
             for (size_t g = 0; g < group; g++)
-                set_range(a, positions[i], chunk, &lo[i * group + g], &hi[i * group + g]);
+                set_range(a, block->first + i, chunk, &lo[i * group + g], &hi[i * group + g]);
             set_slopes(a, kv_head, positions[i], chunk, slope + i * group, at + i * group);
+            set_biases(a, kv_head, positions[i], chunk, bias + i * group);
         }
         size_t from = begin * group;
         struct sm_attend call = {.q = q + from * head, .lo = lo + from, .hi = hi + from,
                                  .n_q = (end - begin) * group, .m = m + from, .l = l + from,
                                  .o = o + from * head, .scratch = scratch,
                                  .slope = a->p->model->slopes != NULL ? slope + from : NULL,
-                                 .at = at + from};
-        set_pages(a, &call, batch->seqs[block->first], kv_head, chunk, last);
+                                 .at = at + from,
+                                 .bias = a->biases != NULL ? bias + from : NULL};
+        set_pages(a, &call, seq_of(a, block->first), kv_head, chunk, last);
         k->attend(&call);
         for (size_t i = begin; i < end; i++)
             for (size_t r = i * group; r < (i + 1) * group; r++) {
@@ -283,32 +305,57 @@ static void norm_rows(void *context, size_t item, void *scratch, float *local) {
 
 /* ---- the mixer --------------------------------------------------------------------------------------------- */
 
-void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention *a,
-                        struct sm_source *out) {
+static struct sm_attention attention_of(const struct sm_pass *p, int layer) {
     const struct sm_hparams *h = &p->model->h;
+    const struct sm_layer *weights = &p->model->layers[layer];
+    return (struct sm_attention){.p = p, .layer = weights->plan.rank, .weights = weights,
+                                 .biases = weights->biases,
+                                 .group = (size_t)(h->n_head / h->n_head_kv),
+                                 .head = (size_t)h->head, .n_head_kv = (size_t)h->n_head_kv};
+}
+
+static size_t n_items(const struct sm_pass *p) {
+    return (p->batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM;
+}
+
+/* From q, and K and V in the cache or, of the tokens themselves, still in k and v. */
+static void run(struct sm_attention *a, struct sm_source *out) {
+    const struct sm_pass *p = a->p;
     const struct sm_batch *batch = p->batch;
-    size_t q_size = (size_t)(h->n_head * h->head);
-    *a = (struct sm_attention){
-        .p = p, .layer = p->model->layers[layer].plan.rank, .weights = &p->model->layers[layer],
-        .group = (size_t)(h->n_head / h->n_head_kv),
-        .head = (size_t)h->head, .n_head_kv = (size_t)h->n_head_kv,
-    };
-    if (p->model->arch->qk_norm == SM_QK_NORM_ROW)
-        sm_ops_each(p->ops, SM_TIMER_ATTENTION, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
-                    norm_rows, a);
+    size_t q_size = a->group * a->n_head_kv * a->head;
     if (batch->alone) {
         for (size_t t = 0; t < batch->n; t++) {
-            int position = batch->positions[t];
-            size_t n_chunks = (size_t)(position / SM_CHUNK - first_chunk(a, position) + 1);
+            int first = first_chunk(a, batch->positions[t]);
+            size_t n_chunks = (size_t)((end_of(a, t) - 1) / SM_CHUNK - first + 1);
             a->items_before[t + 1] = a->items_before[t] + n_chunks * a->n_head_kv;
         }
         sm_ops_each(p->ops, SM_TIMER_ATTENTION, a->items_before[batch->n], decode_item, a);
         *out = (struct sm_source){.row = decode_row, .kernels = p->model->kernels, .context = a,
                                   .k = q_size};
     } else {
-        sm_ops_each(p->ops, SM_TIMER_ATTENTION, (batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
-                    store_item, a);
+        if (!a->across) sm_ops_each(p->ops, SM_TIMER_ATTENTION, n_items(p), store_item, a);
         sm_ops_each(p->ops, SM_TIMER_ATTENTION, batch->n_blocks * a->n_head_kv, block_item, a);
         *out = sm_source_rows(p->buffers->q, q_size, q_size);
     }
+}
+
+void sm_mixer_attention(const struct sm_pass *p, int layer, struct sm_attention *a,
+                        struct sm_source *out) {
+    *a = attention_of(p, layer);
+    if (p->model->arch->qk_norm == SM_QK_NORM_ROW)
+        sm_ops_each(p->ops, SM_TIMER_ATTENTION, n_items(p), norm_rows, a);
+    run(a, out);
+}
+
+void sm_mixer_attention_across(const struct sm_pass *p, int layer, struct sm_attention *a,
+                               struct sm_source *out) {
+    *a = attention_of(p, layer);
+    a->across = true;
+    a->biases = NULL;
+    run(a, out);
+}
+
+void sm_mixer_attention_store(const struct sm_pass *p, int layer) {
+    struct sm_attention a = attention_of(p, layer);
+    sm_ops_each(p->ops, SM_TIMER_ATTENTION, n_items(p), store_item, &a);
 }

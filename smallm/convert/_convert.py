@@ -42,7 +42,7 @@ BLOCK_BYTES = 1 << 20  # of float32 that are encoded at a time
 # Matrices that stay F32: small, and read value by value or feeding a choice.
 FLOAT32 = re.compile(
     r".*(?:_norm\.weight|\.ffn_gate_inp(?:_shexp)?\.weight|\.ssm_conv1d\.weight"
-    r"|\.shortconv\.conv\.weight)|(?:position_embd|token_types)\.weight|.*(?<!\.weight)"
+    r"|\.shortconv\.conv\.weight|\.attn_rel_b\.weight)|(?:position_embd|token_types)\.weight|.*(?<!\.weight)"
 )
 
 
@@ -201,7 +201,7 @@ def plan(
     """All tensors of the file.  Every tensor of the checkpoint is used, or dropped by a rule."""
     sources: dict[str, list[Source]] = {}
     lookup = _lookup(family, config)
-    tied = config.get("tie_word_embeddings", default=False)
+    tied = family.tied(config)
     for name, tensor in checkpoint.items():
         if tied and name == "lm_head.weight":
             continue  # a copy of the embedding table that nobody reads
@@ -242,22 +242,26 @@ def plan(
 
 def _place(target: Target) -> tuple[int, str]:
     """Tensors of no layer come first, then layer by layer."""
-    match = re.match(r"blk\.(\d+)\.", target.name)
+    match = re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.", target.name)
     return (int(match[1]) if match is not None else -1), target.name
 
 
 def _judge_layers(config: Config, family: Family, names: set[str]) -> None:
-    layers: dict[int, set[str]] = {i: set() for i in range(config.n_layer)}
+    stacks = family.stacks(config)
+    layers: dict[tuple[str, int], set[str]] = {
+        (stack, i): set() for stack, n in stacks.items() for i in range(n)
+    }
     for name in names:
-        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+        match = re.fullmatch(r"((?:enc\.|dec\.)?)blk\.(\d+)\.(.*)", name)
         if match is not None:
-            layers.setdefault(int(match[1]), set()).add(match[2])
+            layers.setdefault((match[1], int(match[2])), set()).add(match[3])
     every = set().union(*layers.values()) if family.uniform else set()
-    for i, found in layers.items():
+    for (stack, i), found in layers.items():
         lacking = sorted(every - found) or ([] if found else ["its tensors"])
         if lacking:
             raise CorruptModelError(
-                f"{config.path.parent}: layer {i} of {config.n_layer} lacks {', '.join(lacking)}"
+                f"{config.path.parent}: {stack}layer {i} of {stacks.get(stack, 0)} lacks "
+                f"{', '.join(lacking)}"
             )
 
 
@@ -270,7 +274,7 @@ def _lookup(family: Family, config: Config) -> Callable[[str, Tensor], list[Piec
         raise SmallmError(
             f"the package gguf that is installed does not know {family.arch}: pip install -U gguf"
         )
-    names = gguf.get_tensor_name_map(arch, config.n_layer)
+    names = gguf.get_tensor_name_map(arch, max(family.stacks(config).values()))
     rules = [(re.compile(pattern), make) for pattern, make in (*family.rules, *DROPPED)]
 
     def lookup(name: str, tensor: Tensor) -> list[Piece]:

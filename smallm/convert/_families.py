@@ -63,6 +63,10 @@ class Family:
     rules: tuple[Rule, ...] = ()
     # Every layer has the same tensors: where one lacks another's, the checkpoint is incomplete.
     uniform: bool = True
+    # How many layers there are of each stack, by what their tensors' names begin with.
+    stacks: Callable[[Config], Mapping[str, int]] = lambda config: {"": config.n_layer}
+    # The output head is the embedding table: a copy of it in the checkpoint is read by nobody.
+    tied: Callable[[Config], bool] = lambda c: bool(c.get("tie_word_embeddings", default=False))
     # Tensors that the file has and the checkpoint has not: name -> float32 values.
     extra: Callable[[Config], Mapping[str, Array]] = lambda config: {}
 
@@ -639,6 +643,35 @@ def grouped_norm(m: re.Match[str], c: Config) -> list[Piece]:
     return [Piece(f"blk.{m[1]}.ssm_norm.weight", lambda x: x.reshape(groups, -1))]
 
 
+def encoder_decoder(c: Config) -> Keys:
+    """T5.  The first checkpoints scale the head's input, and say so by tying the head."""
+    start = c.get("decoder_start_token_id", "pad_token_id", default=0)
+    width = c.integer("d_model")
+    return {
+        "vocab_size": c.integer("vocab_size"),
+        "context_length": c.integer("n_positions", "max_position_embeddings", default=512),
+        "embedding_length": width,
+        "feed_forward_length": c.integer("d_ff"),
+        "block_count": c.n_layer,
+        "decoder_block_count": decoder_layers(c),
+        "decoder_start_token_id": start,
+        "attention.head_count": c.n_head,
+        "attention.key_length": c.integer("d_kv"),
+        "attention.value_length": c.integer("d_kv"),
+        "attention.layer_norm_rms_epsilon": c.number("layer_norm_epsilon", default=1e-6),
+        "attention.relative_buckets_count": c.integer("relative_attention_num_buckets", default=32),
+        "logit_scale": width**-0.5 if scaled_head(c) else 1.0,
+    }
+
+
+def decoder_layers(c: Config) -> int:
+    return c.integer("num_decoder_layers", default=c.n_layer)
+
+
+def scaled_head(c: Config) -> bool:
+    return bool(c.get("scale_decoder_outputs", "tie_word_embeddings", default=True))
+
+
 DROPPED: Iterable[Rule] = (
     # Tables that old checkpoints stored and every implementation computes.
     (r".*\.rotary_emb\.inv_freq", lambda m, c: []),
@@ -983,6 +1016,24 @@ FAMILIES: tuple[Family, ...] = (
         ("PhiForCausalLM",),
         (base, ffn, layer_norm, rope),
         expect={"hidden_act": ("gelu_new",), "qk_layernorm": (False,)},
+    ),
+    Family(
+        "t5",
+        ("T5ForConditionalGeneration",),
+        (encoder_decoder,),
+        expect={
+            "feed_forward_proj": ("relu", "gated-gelu"),
+            "relative_attention_max_distance": (128,),
+            "is_encoder_decoder": (True,),
+        },
+        rules=(
+            # Copies of the table, and biases that no implementation adds.
+            (r"(?:en|de)coder\.embed_tokens\.weight", lambda m, c: []),
+            (r"decoder\..*\.EncDecAttention\.relative_attention_bias\.weight", lambda m, c: []),
+        ),
+        uniform=False,
+        stacks=lambda c: {"enc.": c.n_layer, "dec.": decoder_layers(c)},
+        tied=scaled_head,
     ),
 )
 

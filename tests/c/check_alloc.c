@@ -80,15 +80,21 @@ static bool write_adapter(const char *path, size_t rows, size_t k) {
     return fclose(f) == 0;
 }
 
-static int generate(smallm_engine *engine, smallm_adapter *adapter, const int32_t *tokens,
-                    size_t n_tokens, float *logits, struct answer *out, smallm_error *err) {
+static int generate(const smallm_model *model, smallm_engine *engine, smallm_adapter *adapter,
+                    const int32_t *tokens, size_t n_tokens, float *logits, struct answer *out,
+                    smallm_error *err) {
     const char *stop[] = {"no text has this", "\xF0\x9F\xA6\x99\xF0\x9F\xA6\x99"};
     const size_t stop_len[] = {16, 8};
     const int32_t bias_ids[] = {3};
     const float bias[] = {-1};
+    smallm_model_info info = {.size = sizeof info};
+    smallm_model_get_info(model, &info, NULL);
+    const bool beside = info.decoder_start >= 0; /* an encoder, which then reads the text */
     smallm_request_params p = {.size = sizeof p,
-                               .tokens = tokens,
-                               .n_tokens = n_tokens,
+                               .source = beside ? tokens : NULL,
+                               .n_source = beside ? n_tokens : 0,
+                               .tokens = beside ? &info.decoder_start : tokens,
+                               .n_tokens = beside ? 1 : n_tokens,
                                .max_tokens = N_TOKENS,
                                .n_logprobs = 3,
                                .sampling = {.size = sizeof p.sampling,
@@ -135,7 +141,7 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
     char back[256];
     struct answer first;
     smallm_model_params mp = {.size = sizeof mp, .n_threads = 2};
-    smallm_engine_params ep = {.size = sizeof ep, .n_threads = 2, .n_batch = 16};
+    smallm_engine_params ep = {.size = sizeof ep, .n_threads = 2, .n_batch = 32};
 
     *what = "smallm_model_open";
     int rc = smallm_model_open(path, &mp, &model, err);
@@ -155,10 +161,10 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
     smallm_model_info info = {.size = sizeof info};
     smallm_model_get_info(model, &info, NULL);
     logits = malloc(n_ids * (size_t)info.n_vocab * sizeof *logits);
-    rc = generate(engine, NULL, ids, n_ids, logits, &first, err);
+    rc = generate(model, engine, NULL, ids, n_ids, logits, &first, err);
     if (rc != SMALLM_OK) goto done;
     *what = "generate from the cache";
-    rc = generate(engine, NULL, ids, n_ids, NULL, &out[0], err);
+    rc = generate(model, engine, NULL, ids, n_ids, NULL, &out[0], err);
     if (rc != SMALLM_OK) goto done;
     CHECK(memcmp(&first, &out[0], sizeof first) == 0, "cached and fresh answers differ");
     out[1] = out[0];
@@ -167,7 +173,7 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
     rc = smallm_adapter_open(model, ADAPTER, NULL, &adapter, err);
     if (rc != SMALLM_OK) goto done;
     *what = "generate with an adapter";
-    rc = generate(engine, adapter, ids, n_ids, NULL, &out[1], err);
+    rc = generate(model, engine, adapter, ids, n_ids, NULL, &out[1], err);
     if (rc != SMALLM_OK) goto done;
     CHECK(memcmp(&first, &out[1], sizeof first) != 0, "the adapter changed nothing");
 done:

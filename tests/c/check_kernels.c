@@ -725,6 +725,7 @@ static void ref_attend(const struct sm_attend *a) {
             if (a->kv_type == SMALLM_KV_Q8) acc *= *kv_scale(a->k[j / SM_PAGE], a->head, (size_t)j % SM_PAGE);
             if (a->cap != 0) acc = ref_softcap(acc, a->cap);
             if (a->slope != NULL) acc = sm_fma(a->slope[i], (float)(j - a->at[i]), acc);
+            if (a->bias != NULL) acc = acc + a->bias[i][j];
             s[j] = acc;
             if (acc > m) m = acc;
         }
@@ -762,9 +763,12 @@ static void case_attend(uint64_t seed) {
     size_t ranges = below(4);
     bool vanishing = below(4) == 0; /* sums that end as a zero of either sign */
     float gain = (float[]){0.1f, 1.0f, 1.0f, 20.0f}[below(4)];
-    bool sloped = below(4) == 0;
+    bool sloped = below(4) == 0, biased = below(4) == 0;
     float cap = below(4) == 0 ? 1.0f + fabsf(uniform()) * 50 : 0, slope[SM_ATTEND_MAX];
     int query_at[SM_ATTEND_MAX];
+    float *biases = floats(2 * SM_CHUNK); /* of distances: queries begin anywhere */
+    const float *bias[SM_ATTEND_MAX];
+    fill(biases, 2 * SM_CHUNK, FILL_USUAL);
 
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
     size_t first = SM_CHUNK, last = 0, group = 1 + below(8), at = below(SM_CHUNK),
@@ -784,17 +788,20 @@ static void case_attend(uint64_t seed) {
         lo[i] = (int16_t)from;
         hi[i] = (int16_t)to;
         slope[i] = fabsf(uniform());
+        bias[i] = biases + below(SM_CHUNK);
         query_at[i] = (int)position + (below(2) ? SM_CHUNK * (int)below(1000) : 0);
         first = SM_MIN(first, from);
         last = SM_MAX(last, to);
     }
     snprintf(shape, sizeof shape,
-             "head %zu, %zu queries, kv type %d, ranges %zu, [%zu, %zu), fill %d, cap %g%s", head,
-             n_q, kv_type, ranges, first, last, (int)kind, (double)cap, sloped ? ", slopes" : "");
+             "head %zu, %zu queries, kv type %d, ranges %zu, [%zu, %zu), fill %d, cap %g%s%s",
+             head, n_q, kv_type, ranges, first, last, (int)kind, (double)cap,
+             sloped ? ", slopes" : "", biased ? ", biases" : "");
 
     struct sm_attend a = {
         .lo = lo, .hi = hi, .n_q = n_q, .head = head, .kv_type = kv_type, .cap = cap,
-        .slope = sloped ? slope : NULL, .at = sloped ? query_at : NULL, .scratch = scratch};
+        .slope = sloped ? slope : NULL, .at = sloped ? query_at : NULL,
+        .bias = biased ? bias : NULL, .scratch = scratch};
     float *q = floats(n_q * head), *want = floats(n_q * (head + 2)),
           *got = floats(n_q * (head + 2));
     fill(q, n_q * head, kind == FILL_MIXED && below(2) ? FILL_USUAL : kind);
@@ -840,6 +847,7 @@ static void case_attend(uint64_t seed) {
         free((void *)a.k[p]);
         free((void *)a.v[p]);
     }
+    free(biases);
     free(q);
     free(want);
     free(got);
@@ -1033,6 +1041,14 @@ static void case_vector(uint64_t seed) {
         memcpy(got, x, n * sizeof *got);
         tiers[i].k.gelu_erf(got, got, n);
         compare(tiers[i].name, "gelu_erf in place", got, want, n);
+    }
+    for (size_t i = 0; i < n; i++) want[i] = x[i] < 0 ? 0 : x[i];
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.relu(got, x, n);
+        compare(tiers[i].name, "relu", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.relu(got, got, n);
+        compare(tiers[i].name, "relu in place", got, want, n);
     }
     float cap = 1.0f + fabsf(a) * 50;
     for (size_t i = 0; i < n; i++) {

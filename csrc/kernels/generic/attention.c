@@ -63,6 +63,7 @@ void SM_NAME(sm_attend)(const struct sm_attend *a) {
         for (int j = a->lo[i]; j < a->hi[i] && a->cap != 0; j++) s[j] = sm_softcap(s[j], a->cap);
         for (int j = a->lo[i]; j < a->hi[i] && a->slope != NULL; j++)
             s[j] = sm_fma(a->slope[i], (float)(j - a->at[i]), s[j]);
+        for (int j = a->lo[i]; j < a->hi[i] && a->bias != NULL; j++) s[j] += a->bias[i][j];
     }
     for (size_t i = 0; i < a->n_q; i++)
         softmax(score + i * SM_CHUNK, (size_t)a->lo[i], (size_t)a->hi[i], a->m + i, a->l + i);
