@@ -3,9 +3,10 @@
  * Control tokens are found first, then user-defined ones, and the rows of `models` say how the text
  * between them becomes ids.
  *
- * A text is taken as it is, but for WordPiece and Unigram, which are defined with their
- * normalizers: some families' own tokenizers first bring it to Unicode's form NFC, which a GGUF file
- * does not say. */
+ * Normalizing is a part of it.  WordPiece and Unigram are defined with their normalizers, and byte-level
+ * BPE of some families begins with Unicode's form NFC: a file may say so under
+ * tokenizer.ggml.normalizer.nfc, as our converter's do, else the row of the pre-tokenizer does.  Special
+ * tokens are found in the text as it came, and what comes back from ids is the normalized text. */
 #include "tokenizer/vocab.h"
 
 static const struct sm_token_model models[] = {
@@ -55,7 +56,8 @@ static int load_model(struct sm_vocab_load *b) {
                        "%s: tokenizer.ggml.pre is \"%s\"; known are %s", b->path,
                        sm_vocab_show(b, 0, pre), sm_pretok_names(names, sizeof names));
     }
-    return SMALLM_OK;
+    t->nfc = sm_pretok_nfc(t->pretok);
+    return sm_gguf_get_bool(b->g, "tokenizer.ggml.normalizer.nfc", &t->nfc, &found, b->err);
 }
 
 int sm_tokenizer_new(const struct sm_gguf *g, struct sm_tokenizer **out, smallm_error *err) {
@@ -226,6 +228,7 @@ done:
     sm_free(e.symbols);
     sm_free(e.heap);
     sm_free(e.normal);
+    sm_nfc_free(&e.nfc);
     sm_free(e.best);
     sm_free(e.control.list);
     sm_free(e.user.list);

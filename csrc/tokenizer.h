@@ -3,7 +3,7 @@
  *
  * Immutable once made; any thread may use it.  No input costs more than n log n.
  * tokenizer/ holds the vocabulary and a file for each kind of model; pretok.c splits text before
- * byte-level BPE (one table row per pre-tokenizer). */
+ * byte-level BPE (one table row per pre-tokenizer), nfc.c normalizes it. */
 #ifndef SM_TOKENIZER_H
 #define SM_TOKENIZER_H
 
@@ -13,9 +13,9 @@
 struct sm_tokenizer;
 
 /* Reads and judges tokenizer.ggml.* : model, pre, tokens, scores, token_type, merges, the special
- * ids, add_bos_token, add_eos_token, add_space_prefix.  SMALLM_E_CORRUPT: counts that disagree,
- * duplicate or malformed tokens or merges, ids out of range; SMALLM_E_UNSUPPORTED: a tokenizer
- * model or pre-tokenizer that is not in our tables (the message lists those that are).
+ * ids, add_bos_token, add_eos_token, add_space_prefix, normalizer.*.  SMALLM_E_CORRUPT: counts that
+ * disagree, duplicate or malformed tokens or merges, ids out of range; SMALLM_E_UNSUPPORTED: a
+ * tokenizer model or pre-tokenizer that is not in our tables (the message lists those that are).
  * Everything needed from `g` is copied. */
 int sm_tokenizer_new(const struct sm_gguf *g, struct sm_tokenizer **out, smallm_error *err);
 void sm_tokenizer_free(struct sm_tokenizer *t); /* NULL allowed */

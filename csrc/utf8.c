@@ -1,8 +1,6 @@
 /* UTF-8: see utf8.h. */
 #include "utf8.h"
 
-#include "unicode.h"
-
 /* Looks at the character that begins s[0..n), n > 0.  1: it is whole, *length bytes.  0: this is
  * not UTF-8, and *length is the maximal part that could have begun a character, at least 1.
  * -1: s ends inside of it. */

@@ -156,14 +156,15 @@ enum smallm_token_flags {
 };
 
 /* Writes at most `capacity` ids and always sets *n_ids to the number there are: with
- * *n_ids > capacity call again with room.  n_bytes + 8 ids suffice, unless the model's tokenizer is
- * Unigram, whose normalizer may make a text longer.
+ * *n_ids > capacity call again with room.  n_bytes + 8 ids suffice, unless the model's tokenizer
+ * normalizes the text first and makes it longer so (Unigram; Unicode's form NFC).
  * SMALLM_E_ARGUMENT: the text is not valid UTF-8 (the message names the byte's position). */
 int smallm_tokenize(const smallm_model *model, const char *text, size_t n_bytes, uint32_t flags,
                     int32_t *ids, size_t capacity, size_t *n_ids, smallm_error *err);
 
 /* Writes at most `capacity` bytes (no NUL) and always sets *n_bytes to the number there are.
- * The bytes are the tokens' own: an id sequence cut inside a character gives cut UTF-8.
+ * The bytes are the tokens' own: an id sequence cut inside a character gives cut UTF-8.  The ids of a
+ * text give it back, as the tokenizer normalizes it where it does.
  * SMALLM_E_ARGUMENT: an id is outside 0 .. n_vocab-1. */
 int smallm_detokenize(const smallm_model *model, const int32_t *ids, size_t n_ids, uint32_t flags,
                       char *text, size_t capacity, size_t *n_bytes, smallm_error *err);

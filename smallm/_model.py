@@ -321,6 +321,9 @@ class Model:
     def detokenize(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
+        Where a model's tokenizer normalizes a text (Qwen's to Unicode's form NFC, BERT's to lower
+        case), that is what comes back.
+
         skip_special: control tokens give no text.
         """
         tokens = ffi.new("int32_t[]", token_ids("ids", ids, self._vocabulary))

@@ -28,10 +28,8 @@ MAY_INCLUDE = {
     "quants": {"f16"},
     "kernels": {"quants", "f16", "fma", "cpu", "os", "peaks"},
     "gguf": {"os", "quants"},
-    "unicode": set(),
-    "pretok": {"unicode"},
-    "utf8": {"unicode"},
-    "tokenizer": {"gguf", "unicode", "utf8", "pretok"},
+    "utf8": set(),
+    "tokenizer": {"gguf", "utf8"},
     "arch": {"gguf", "kernels"},
     "model": {
         "tensors",

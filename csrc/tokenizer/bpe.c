@@ -4,7 +4,6 @@
  * merges and their ranks are in the file; SentencePiece starts from characters, merges any two
  * tokens whose texts make a third, and ranks by the third's score.  At load both become one table,
  * (left, right) -> (rank, merged), so that one loop serves both. */
-#include "../unicode.h"
 #include "vocab.h"
 
 #define NONE UINT32_MAX
@@ -355,7 +354,11 @@ static int encode_word(struct sm_encode *e, const char *s, size_t n) {
 }
 
 int sm_bpe_encode_bytes(struct sm_encode *e, const char *s, size_t n) {
-    return sm_pretok_split(e->t->pretok, s, n, encode_piece, e);
+    struct sm_str text = {s, n};
+    if (e->t->nfc && !sm_nfc(&e->nfc, text, &text)) return sm_encode_no_memory(e, n);
+    if (text.n >= NONE)
+        return sm_fail(e->err, SMALLM_E_ARGUMENT, "the text has %zu bytes in form NFC", text.n);
+    return sm_pretok_split(e->t->pretok, text.s, text.n, encode_piece, e);
 }
 
 int sm_bpe_encode_words(struct sm_encode *e, const char *s, size_t n) {

@@ -6,7 +6,6 @@
  * crosses words: the sums are of doubles, and begin with each word. */
 #include <math.h>
 
-#include "../unicode.h"
 #include "vocab.h"
 
 /* Bounds of the files we take, far above those of real ones: they bound the work for a character. */

@@ -3,7 +3,6 @@
 
 #include <math.h>
 
-#include "../unicode.h"
 
 #define MAX_SPECIAL_BYTES (1u << 20) /* of all control or user-defined tokens together */
 

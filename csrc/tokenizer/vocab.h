@@ -9,8 +9,9 @@
 #ifndef SM_VOCAB_H
 #define SM_VOCAB_H
 
-#include "../pretok.h"
 #include "../tokenizer.h"
+#include "nfc.h"
+#include "pretok.h"
 #include "trie.h"
 
 #define SM_MAX_PROBES 256
@@ -122,6 +123,7 @@ struct sm_tokenizer {
 
     /* bpe.c */
     const struct sm_pretok *pretok; /* byte-level */
+    bool nfc;                       /* byte-level: a text is first brought to that form */
     struct sm_pair *pairs;          /* [pair_mask + 1] */
     size_t pair_mask;
     struct sm_letter *letters; /* [letter_mask + 1] SentencePiece: tokens of one character */
@@ -209,6 +211,7 @@ struct sm_encode {
     size_t cap_symbols;
     uint64_t *heap; /* rank << 32 | position, the least on top */
     size_t n_heap, cap_heap;
+    struct sm_nfc nfc;
 
     /* unigram.c */
     char *normal;

@@ -5,7 +5,8 @@
  * the file says, accents go (canonical decomposition without nonspacing marks; other marks stay in
  * the order of the text) and letters become lower case.
  * A word's first token has a space before it, here as in the tokens' pieces. */
-#include "../unicode.h"
+#include "nfc.h"
+#include "unicode.h"
 #include "vocab.h"
 
 #define MAX_WORD 100 /* characters: a longer word is unknown as a whole */
@@ -48,58 +49,24 @@ static bool is_mark(uint32_t c, enum sm_char_class class) {
     return class == SM_CHAR_PUNCTUATION || (class == SM_CHAR_SYMBOL && c < 0x80);
 }
 
-/* Binary search in a table of structs whose first member is the ascending character. */
-static const void *find_char(const void *table, size_t n, size_t size, uint32_t c) {
-    for (size_t low = 0; low < n;) {
-        size_t middle = (low + n) / 2;
-        const char *row = (const char *)table + middle * size;
-        uint32_t at;
-        memcpy(&at, row, sizeof at);
-        if (at == c) return row;
-        if (at < c) low = middle + 1;
-        else n = middle;
-    }
-    return NULL;
-}
-
 /* Canonical decomposition without nonspacing marks; returns the number of characters. */
-static size_t without_accents(uint32_t c, uint32_t out[3]) {
-    out[0] = c;
-    if (c < 0xC0) return 1;
-    if (c >= 0xAC00 && c <= 0xD7A3) { /* Hangul: leading consonant, vowel, trailing consonant */
-        uint32_t i = c - 0xAC00, tail = i % 28;
-        out[0] = 0x1100 + i / 588;
-        out[1] = 0x1161 + i % 588 / 28;
-        out[2] = 0x11A7 + tail;
-        return tail ? 3 : 2;
-    }
-    if (sm_char_class(c) == SM_CHAR_NONSPACING_MARK) return 0;
-    const struct sm_base *row = find_char(sm_base_table, SM_N_BASE, sizeof *row, c);
-    if (row == NULL) return 1;
-    size_t n = 0;
-    while (n < 3 && row->to[n] != 0) {
-        out[n] = row->to[n];
-        n++;
-    }
-    return n;
+static size_t without_accents(uint32_t c, uint32_t out[SM_NFC_PARTS]) {
+    size_t n = sm_decompose(c, out), kept = 0;
+    for (size_t i = 0; i < n; i++)
+        if (sm_char_class(out[i]) != SM_CHAR_NONSPACING_MARK) out[kept++] = out[i];
+    return kept;
 }
 
 static uint32_t lower(uint32_t c) {
     if (c < 0x80) return c >= 'A' && c <= 'Z' ? c + 32 : c;
     if (c == 0x130) return 'i'; /* and U+0307, which is put after it */
-    const struct sm_lower *row = find_char(sm_lower_table, SM_N_LOWER, sizeof *row, c);
-    return row == NULL ? c : row->lower;
-}
-
-static size_t utf8_encode(uint32_t c, uint8_t *out) {
-    if (c < 0x80) {
-        out[0] = (uint8_t)c;
-        return 1;
+    for (size_t low = 0, high = SM_N_LOWER; low < high;) {
+        size_t middle = (low + high) / 2;
+        if (sm_lower_table[middle].c == c) return sm_lower_table[middle].lower;
+        if (sm_lower_table[middle].c < c) low = middle + 1;
+        else high = middle;
     }
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 0x3F));
-    out[0] = (uint8_t)((0xF00u >> n & 0xF0) | c);
-    return n;
+    return c;
 }
 
 /* ---- words ---------------------------------------------------------------------------------- */
@@ -144,7 +111,7 @@ static void add_char(struct word *w, uint32_t c) {
     }
     bool alone = is_mark(c, class);
     if (alone) end_word(w);
-    if (w->n_chars++ < MAX_WORD) w->n += utf8_encode(c, w->s + w->n);
+    if (w->n_chars++ < MAX_WORD) w->n += sm_utf8_encode(c, w->s + w->n);
     if (alone) end_word(w);
 }
 
@@ -154,7 +121,7 @@ int sm_wordpiece_encode(struct sm_encode *e, const char *s, size_t n) {
     size_t length;
     for (size_t i = 0; i < n; i += length) {
         SM_WORK();
-        uint32_t c = sm_utf8_decode((const uint8_t *)s + i, &length), parts[3] = {c};
+        uint32_t c = sm_utf8_decode((const uint8_t *)s + i, &length), parts[SM_NFC_PARTS] = {c};
         enum sm_char_class class = sm_char_class(c);
         bool control = class == SM_CHAR_OTHER || c == 0x0B || c == 0x0C || c == 0x85;
         if ((control && c != '\t' && c != '\n' && c != '\r') || c == 0xFFFD) continue;

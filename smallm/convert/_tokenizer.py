@@ -5,8 +5,9 @@ structure that no row here has is refused, since its ids would be wrong.  tokeni
 first, since that is what `transformers` runs; a SentencePiece model is read where tokenizer.json is
 a copy of one, or missing.
 
-Two things a GGUF file cannot say are passed over, as in all such files: Unicode's form NFC, to
-which some tokenizers bring a text first, and white space that an added token takes along.
+Whether a text is first brought to Unicode's form NFC stands under a key of our own, since llama.cpp
+knows none.  White space that an added token takes along cannot be said in a GGUF file and is passed
+over.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCORE_OF_ADDED, SCORE_OF_UNUSED = -1000.0, -10000.0
 # ---- words ---------------------------------------------------------------------------------------
 
 # How byte-level BPE cuts text into words: the steps of tokenizer.json's pre_tokenizer, whether a
-# word that is a token is taken whole (ignore_merges), and the row in csrc/pretok.c (llama.cpp's
+# word that is a token is taken whole (ignore_merges), and the row in csrc/tokenizer/pretok.c (llama.cpp's
 # names) that does the same.
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -192,6 +193,7 @@ def _byte_level(path: Path, data: Keys) -> tuple[Keys, dict[int, Row]]:
     keys = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": PRES[steps, whole],
+        "tokenizer.ggml.normalizer.nfc": normalizer.get("type") == "NFC",
         "tokenizer.ggml.merges": merges,
     }
     return keys, _rows(path, model["vocab"])

@@ -10,8 +10,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "pretok.h"
 #include "tokenizer.h"
+#include "tokenizer/nfc.h"
+#include "tokenizer/pretok.h"
 
 #define CHECK(condition)           \
     do {                           \
@@ -352,7 +353,8 @@ static void round_trip(const struct sm_tokenizer *t, const uint8_t *s, size_t n,
     if (*status == SMALLM_OK) {
         struct sm_tokenizer_info info;
         sm_tokenizer_get_info(t, &info);
-        CHECK(again == n_ids && (n_ids <= n + 8 || strcmp(info.model, "t5") == 0));
+        size_t most = strcmp(info.model, "gpt2") == 0 ? 3 * n : n; /* form NFC may be longer */
+        CHECK(again == n_ids && (n_ids <= most + 8 || strcmp(info.model, "t5") == 0));
         for (size_t i = 0; i < n_ids; i++)
             CHECK(ids[i] >= 0 && ids[i] < sm_tokenizer_n_vocab(t));
         CHECK(sm_tokenizer_decode(t, ids, n_ids, 0, NULL, 0, n_back, &err) == SMALLM_OK);
@@ -378,6 +380,18 @@ static int take_piece(void *ctx, const char *s, size_t n) {
     return 0;
 }
 
+static void check_same_nfc(struct sm_str a, struct sm_str b) {
+    struct sm_nfc f[2] = {{0}, {0}};
+    struct sm_str normal[2], again;
+    CHECK(sm_nfc(&f[0], a, &normal[0]) && sm_nfc(&f[1], b, &normal[1]));
+    CHECK(normal[0].n == normal[1].n && memcmp(normal[0].s, normal[1].s, normal[0].n) == 0);
+    CHECK(normal[0].n <= 3 * a.n && sm_utf8_valid(normal[0].s, normal[0].n) == normal[0].n);
+    CHECK(sm_nfc(&f[1], normal[0], &again) && again.n == normal[0].n);
+    CHECK(memcmp(again.s, normal[0].s, again.n) == 0);
+    sm_nfc_free(&f[0]);
+    sm_nfc_free(&f[1]);
+}
+
 static void fuzz_text(size_t which, uint32_t flags, const uint8_t *s, size_t n) {
     const struct sm_tokenizer *t = good[which];
     bool valid = check_utf8(s, n);
@@ -390,10 +404,12 @@ static void fuzz_text(size_t which, uint32_t flags, const uint8_t *s, size_t n) 
     if (!valid) return;
     if (is_byte_level(which)) {
         const char *name = rows[which];
+        const struct sm_pretok *pretok = sm_pretok_find(name, strlen(name));
         struct cover c = {(const char *)s};
-        CHECK(sm_pretok_split(sm_pretok_find(name, strlen(name)), c.at, n, take_piece, &c) == 0);
+        CHECK(sm_pretok_split(pretok, c.at, n, take_piece, &c) == 0);
         CHECK(c.at == (const char *)s + n);
-        CHECK(n_back == n && memcmp(back, s, n) == 0);
+        if (!sm_pretok_nfc(pretok)) CHECK(n_back == n && memcmp(back, s, n) == 0);
+        check_same_nfc((struct sm_str){c.at - n, n}, (struct sm_str){back, n_back});
     } else if (is_lossless(which)) { /* U+2581 comes back as the space it stands for */
         size_t i = 0, k = 0;
         while (i < n && k < n_back) {
@@ -409,7 +425,8 @@ static void fuzz_text(size_t which, uint32_t flags, const uint8_t *s, size_t n) 
 /* ---- hostile vocabularies ------------------------------------------------------------------- */
 
 static const char hostile_text[] =
-    " the<s>  aa\xE2\x96\x81\xC3\xA9\xE4\xB8\xAD\xF0\x9F\x98\x80 12345\r\n\n<|im_end|></s>\tx'S\0b";
+    " the<s>  aa\xE2\x96\x81\xC3\xA9\xE4\xB8\xAD\xF0\x9F\x98\x80 12345\r\n\n<|im_end|></s>\tx'S\0b"
+    "e\xCC\x81\xCC\xA3";
 
 static void try_vocabulary(const struct image *m, long fail_at) {
     struct sm_tokenizer *t;

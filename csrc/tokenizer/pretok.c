@@ -10,15 +10,18 @@
  * match_byte_digits looks at every byte instead, match_triple after it at parts of characters. */
 #include "pretok.h"
 
+#include "../utf8.h"
 #include "unicode.h"
 
 typedef size_t match_fn(const uint8_t *s, size_t i, size_t n);
 
 #define MAX_STEPS 6
 
+enum { WHOLE = 1, BOS = 2, NFC = 4 }; /* what pretok.h asks of a row */
+
 struct sm_pretok {
     const char *name;
-    bool whole_pieces, add_bos;
+    int flags;
     match_fn *steps[MAX_STEPS + 1]; /* ends in NULL */
 };
 
@@ -368,73 +371,73 @@ static size_t match_asian(const uint8_t *s, size_t i, size_t n) {
  * are the same.  falcon's tokenizer takes digits apart only after it has written bytes as
  * characters. */
 static const struct sm_pretok rows[] = {
-    {"gpt-2", false, false, {match_gpt2}},
-    {"phi-2", false, false, {match_gpt2}},
-    {"gpt-neox", false, false, {match_gpt2}},
-    {"mpt", false, false, {match_gpt2}},
-    {"olmo", false, false, {match_gpt2}},
-    {"modern-bert", false, false, {match_gpt2}},
-    {"roberta-bpe", false, false, {match_gpt2}},
-    {"jina-v1-en", false, false, {match_gpt2}},
-    {"jina-v2-es", false, false, {match_gpt2}},
-    {"jina-v2-de", false, false, {match_gpt2}},
-    {"jina-v2-code", false, false, {match_gpt2}},
-    {"jina-es", false, false, {match_gpt2}},
-    {"jina-de", false, false, {match_gpt2}},
-    {"exaone4", false, false, {match_gpt2}},
-    {"trillion", false, false, {match_gpt2}},
-    {"granite-docling", false, false, {match_gpt2}},
-    {"gigachat", false, false, {match_gpt2}},
-    {"a.x-4.0", false, false, {match_gpt2}},
-    {"mellum", false, false, {match_gpt2}},
-    {"jais", false, false, {match_gpt2}},
-    {"smollm", false, false, {match_digit, match_gpt2}},
-    {"starcoder", false, false, {match_digit, match_gpt2}},
-    {"refact", false, false, {match_digit, match_gpt2}},
-    {"command-r", false, false, {match_digit, match_gpt2}},
-    {"exaone", false, false, {match_digit, match_gpt2}},
-    {"codeshell", false, false, {match_digit, match_gpt2}},
-    {"minerva-7b", false, false, {match_digit, match_gpt2}},
-    {"mellum2", false, false, {match_digit, match_gpt2}},
-    {"llama-bpe", true, true, {match_llama3}},
-    {"llama3", true, true, {match_llama3}},
-    {"llama-v3", true, true, {match_llama3}},
-    {"lfm2", true, true, {match_llama3}},
-    {"falcon3", true, true, {match_llama3}},
-    {"falcon-h1", true, true, {match_llama3}},
-    {"pixtral", true, true, {match_llama3}},
-    {"midm-2.0", true, true, {match_llama3}},
-    {"jina-v5-nano", true, true, {match_llama3}},
-    {"minicpm5", true, false, {match_llama3}},
-    {"dbrx", false, false, {match_llama3}},
-    {"smaug-bpe", false, false, {match_llama3}},
-    {"glm4", false, false, {match_llama3}},
-    {"chatglm-bpe", false, false, {match_llama3}},
-    {"qwen2", false, false, {match_qwen2}},
-    {"deepseek-r1-qwen", false, false, {match_qwen2}},
-    {"stablelm2", false, false, {match_qwen2}},
-    {"megrez", false, false, {match_qwen2}},
-    {"hunyuan", false, false, {match_qwen2}},
-    {"solar-open", false, false, {match_qwen2}},
-    {"grok-2", false, false, {match_qwen2}},
-    {"kormo", false, false, {match_qwen2}},
-    {"f2llmv2", false, false, {match_qwen2}},
-    {"qwen35", false, false, {match_qwen35}},
-    {"gpt-4o", false, false, {match_gpt4o}},
-    {"llama4", false, false, {match_gpt4o}},
-    {"kanana2", false, false, {match_gpt4o}},
-    {"talkie", false, false, {match_gpt4o}},
-    {"minimax-m2", false, false, {match_gpt4o}},
-    {"tekken", true, true, {match_tekken}},
-    {"deepseek-v3", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
-    {"hunyuan-dense", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
-    {"joyai-llm", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
-    {"hy_v4", false, false, {match_three_digits, match_kana_or_han, match_deepseek3}},
-    {"falcon", false, false, {match_falcon_marks, match_gpt2, match_byte_digits, match_triple}},
-    {"default", false, false, {match_default_marks, match_gpt2, match_digits, match_triple}},
-    {"deepseek-coder", false, false,
+    {"gpt-2", 0, {match_gpt2}},
+    {"phi-2", 0, {match_gpt2}},
+    {"gpt-neox", NFC, {match_gpt2}},
+    {"mpt", NFC, {match_gpt2}},
+    {"olmo", NFC, {match_gpt2}},
+    {"modern-bert", NFC, {match_gpt2}},
+    {"roberta-bpe", 0, {match_gpt2}},
+    {"jina-v1-en", 0, {match_gpt2}},
+    {"jina-v2-es", 0, {match_gpt2}},
+    {"jina-v2-de", 0, {match_gpt2}},
+    {"jina-v2-code", 0, {match_gpt2}},
+    {"jina-es", 0, {match_gpt2}},
+    {"jina-de", 0, {match_gpt2}},
+    {"exaone4", 0, {match_gpt2}},
+    {"trillion", 0, {match_gpt2}},
+    {"granite-docling", 0, {match_gpt2}},
+    {"gigachat", 0, {match_gpt2}},
+    {"a.x-4.0", 0, {match_gpt2}},
+    {"mellum", 0, {match_gpt2}},
+    {"jais", 0, {match_gpt2}},
+    {"smollm", 0, {match_digit, match_gpt2}},
+    {"starcoder", 0, {match_digit, match_gpt2}},
+    {"refact", 0, {match_digit, match_gpt2}},
+    {"command-r", NFC, {match_digit, match_gpt2}},
+    {"exaone", 0, {match_digit, match_gpt2}},
+    {"codeshell", 0, {match_digit, match_gpt2}},
+    {"minerva-7b", 0, {match_digit, match_gpt2}},
+    {"mellum2", 0, {match_digit, match_gpt2}},
+    {"llama-bpe", WHOLE | BOS, {match_llama3}},
+    {"llama3", WHOLE | BOS, {match_llama3}},
+    {"llama-v3", WHOLE | BOS, {match_llama3}},
+    {"lfm2", WHOLE | BOS, {match_llama3}},
+    {"falcon3", WHOLE | BOS, {match_llama3}},
+    {"falcon-h1", WHOLE | BOS, {match_llama3}},
+    {"pixtral", WHOLE | BOS, {match_llama3}},
+    {"midm-2.0", WHOLE | BOS, {match_llama3}},
+    {"jina-v5-nano", WHOLE | BOS, {match_llama3}},
+    {"minicpm5", WHOLE, {match_three_digits, match_llama3}},
+    {"dbrx", 0, {match_llama3}},
+    {"smaug-bpe", 0, {match_llama3}},
+    {"glm4", 0, {match_llama3}},
+    {"chatglm-bpe", 0, {match_llama3}},
+    {"qwen2", NFC, {match_qwen2}},
+    {"deepseek-r1-qwen", NFC, {match_qwen2}},
+    {"stablelm2", 0, {match_qwen2}},
+    {"megrez", 0, {match_qwen2}},
+    {"hunyuan", 0, {match_qwen2}},
+    {"solar-open", 0, {match_qwen2}},
+    {"grok-2", 0, {match_qwen2}},
+    {"kormo", 0, {match_qwen2}},
+    {"f2llmv2", NFC, {match_qwen2}},
+    {"qwen35", NFC, {match_qwen35}},
+    {"gpt-4o", 0, {match_gpt4o}},
+    {"llama4", 0, {match_gpt4o}},
+    {"kanana2", 0, {match_gpt4o}},
+    {"talkie", 0, {match_gpt4o}},
+    {"minimax-m2", 0, {match_gpt4o}},
+    {"tekken", WHOLE | BOS, {match_tekken}},
+    {"deepseek-v3", 0, {match_three_digits, match_kana_or_han, match_deepseek3}},
+    {"hunyuan-dense", 0, {match_three_digits, match_kana_or_han, match_deepseek3}},
+    {"joyai-llm", 0, {match_three_digits, match_kana_or_han, match_deepseek3}},
+    {"hy_v4", 0, {match_three_digits, match_kana_or_han, match_deepseek3}},
+    {"falcon", 0, {match_falcon_marks, match_gpt2, match_byte_digits, match_triple}},
+    {"default", 0, {match_default_marks, match_gpt2, match_digits, match_triple}},
+    {"deepseek-coder", 0, 
      {match_newline, match_letters, match_marks, match_asian, match_digit}},
-    {"deepseek-llm", false, false,
+    {"deepseek-llm", 0, 
      {match_newline, match_cased_letters, match_western_marks, match_trailing_space, match_asian,
       match_digit}},
 };
@@ -446,8 +449,9 @@ const struct sm_pretok *sm_pretok_find(const char *name, size_t n) {
 }
 
 const char *sm_pretok_name(const struct sm_pretok *p) { return p->name; }
-bool sm_pretok_whole_pieces(const struct sm_pretok *p) { return p->whole_pieces; }
-bool sm_pretok_add_bos(const struct sm_pretok *p) { return p->add_bos; }
+bool sm_pretok_whole_pieces(const struct sm_pretok *p) { return (p->flags & WHOLE) != 0; }
+bool sm_pretok_add_bos(const struct sm_pretok *p) { return (p->flags & BOS) != 0; }
+bool sm_pretok_nfc(const struct sm_pretok *p) { return (p->flags & NFC) != 0; }
 
 const char *sm_pretok_names(char *buf, size_t cap) {
     size_t at = 0;

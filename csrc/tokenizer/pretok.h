@@ -5,7 +5,7 @@
 #ifndef SM_PRETOK_H
 #define SM_PRETOK_H
 
-#include "base.h"
+#include "../base.h"
 
 struct sm_pretok;
 
@@ -18,8 +18,9 @@ const char *sm_pretok_names(char *buf, size_t cap);
 /* A piece that is a token as a whole becomes that token, whatever the merges say. */
 bool sm_pretok_whole_pieces(const struct sm_pretok *p);
 
-/* BOS is added where the file does not say. */
+/* Where the file does not say: BOS is added; a text is first brought to Unicode's form NFC. */
 bool sm_pretok_add_bos(const struct sm_pretok *p);
+bool sm_pretok_nfc(const struct sm_pretok *p);
 
 /* Takes one piece, n > 0.  Pieces come in order and cover the text. */
 typedef int sm_piece_fn(void *ctx, const char *s, size_t n);
