@@ -117,6 +117,19 @@ def model_path(given: str | None) -> str:
         return str(model.info.path)
 
 
+def add_loops(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--loops", help="the program loops, built from loops.c")
+
+
+def loops_alone(
+    program: str, model: str, threads: int, sequences: int, tokens: int, position: int, rounds: int
+) -> dict[str, float]:
+    """What loops.c measures of a pass of sequences x tokens new tokens, in seconds a token."""
+    words = [program, model, threads, sequences, tokens, position, rounds]
+    out = subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True).stdout
+    return {k: v / (sequences * tokens) for k, v in json.loads(out).items()}
+
+
 def engines(options: argparse.Namespace) -> dict[str, str]:
     """Names of the engines to run -> their interpreters."""
     return {"smallm": sys.executable, **dict(options.peer)}

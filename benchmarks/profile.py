@@ -15,13 +15,22 @@ Python layer takes away.  Reading the clock so often costs a little itself.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from common import add_model, arguments, machine, median, model_path, prompt, table, write_json
+from common import (
+    add_loops,
+    add_model,
+    arguments,
+    loops_alone,
+    machine,
+    median,
+    model_path,
+    prompt,
+    table,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from smallm import Model
@@ -64,28 +73,19 @@ def timed(model: Model, case: Case, seed: int, max_tokens: int) -> Times:
     return Times(wall, model.info.timers).minus(Times(0, before))
 
 
-def loops_alone(program: str, model: str, threads: int, case: Case) -> dict[str, float]:
-    """Seconds a token; the head's, in a prompt, for its last token only."""
-    tokens, position = (
-        (1, case.n_prompt + case.n_decode // 2) if case.n_decode else (case.n_prompt, 0)
+def case_alone(program: str, path: str, threads: int, case: Case) -> dict[str, float]:
+    """The case's inner loops; the head's, in a prompt, for its last token only."""
+    tokens, position, rounds = (
+        (1, case.n_prompt + case.n_decode // 2, 20) if case.n_decode else (case.n_prompt, 0, 3)
     )
-    words = [
-        program,
-        model,
-        threads,
-        case.n_sequences,
-        tokens,
-        position,
-        20 if case.n_decode else 3,
-    ]
-    out = subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True).stdout
-    return {k: v / (case.n_sequences * tokens) for k, v in json.loads(out).items()}
+    alone = loops_alone(program, path, threads, case.n_sequences, tokens, position, rounds)
+    return {loop: alone[loop] for loop in ("matrices", "head", "attention")}
 
 
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0], peers=False)
     add_model(parser)
-    parser.add_argument("--loops", help="the program loops, built from loops.c")
+    add_loops(parser)
     options = parser.parse_args()
     os.environ["SMALLM_TIMERS"] = "1"
     import smallm
@@ -104,7 +104,7 @@ def main() -> None:
                     else first
                 )
                 if options.loops:
-                    alone.append(loops_alone(options.loops, path, options.threads, case))
+                    alone.append(case_alone(options.loops, path, options.threads, case))
             rounds, alone = rounds[1:], alone[1:]  # the first one warmed up
             n_tokens = case.n_sequences * (case.n_decode or case.n_prompt)
             shares = {
