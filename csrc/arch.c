@@ -70,6 +70,10 @@ static const struct sm_arch archs[] = {
      .output_norm = "dec.output_norm.weight"},
 };
 
+static bool is(const struct sm_str *s, const char *text) {
+    return strlen(text) == s->n && memcmp(text, s->s, s->n) == 0;
+}
+
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
     struct sm_str name = {"", 0};
     bool found;
@@ -81,7 +85,7 @@ int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_err
     char known[400] = ""; /* a test finds the last row's name in it */
     for (size_t i = 0; i < SM_COUNT(archs); i++) {
         const char *row = archs[i].name;
-        if (strlen(row) == name.n && memcmp(row, name.s, name.n) == 0) {
+        if (is(&name, row)) {
             *out = &archs[i];
             return SMALLM_OK;
         }
@@ -155,7 +159,8 @@ static void refuse(struct reader *r, const char *key, const char *found, const c
                             sm_gguf_path(r->g), key, found, allowed);
 }
 
-/* rope.scaling.*: none, linear or yarn; Llama 3's factors are a tensor, not a key. */
+/* rope.scaling.*: none, linear, yarn, or longrope, whose factors are tensors; so are Llama 3's, which
+ * has no type. */
 static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     struct sm_str type = {"none", 4};
     bool found = false;
@@ -163,11 +168,13 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     if (r->status == SMALLM_OK)
         r->status = sm_gguf_get_string(r->g, full_key(r, "rope.scaling.type"), &type, &found, r->err);
     if (r->status != SMALLM_OK) return;
-    bool linear = type.n == 6 && memcmp(type.s, "linear", 6) == 0;
-    h->yarn.used = type.n == 4 && memcmp(type.s, "yarn", 4) == 0;
-    if (!linear && !h->yarn.used && !(type.n == 4 && memcmp(type.s, "none", 4) == 0)) {
+    bool linear = is(&type, "linear");
+    h->yarn.used = is(&type, "yarn");
+    h->long_rope = is(&type, "longrope");
+    if (!linear && !h->yarn.used && !h->long_rope && !is(&type, "none")) {
         char shown[32];
-        refuse(r, r->key, sm_printable(shown, sizeof shown, type.s, type.n), "none, linear and yarn");
+        refuse(r, r->key, sm_printable(shown, sizeof shown, type.s, type.n),
+               "none, linear, yarn and longrope");
         return;
     }
     double factor = read_float(r, "rope.scale_linear", 1, 0, 1e6); /* the key's name before 2024 */
@@ -178,7 +185,7 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     h->yarn.context = read_int(r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
     h->yarn.fast = read_float(r, "rope.scaling.yarn_beta_fast", 32, 0, 1e6);
     h->yarn.slow = read_float(r, "rope.scaling.yarn_beta_slow", 1, 0, 1e6);
-    h->yarn.magnitude = read_float(r, "rope.scaling.yarn_attn_factor", 1, 0, 1e3);
+    h->yarn.magnitude = read_float(r, "rope.scaling.yarn_attn_factor", 0, 0, 1e3);
     if (read_float(r, "rope.scaling.yarn_ext_factor", 1, -1e6, 1e6) != 1)
         refuse(r, r->key, "not 1", "1");
 }
@@ -328,7 +335,7 @@ static void read_activation(struct reader *r, struct sm_hparams *h) {
     if (h->ffn != SM_FFN_SWIGLU || r->status != SMALLM_OK) return;
     r->status = sm_gguf_get_string(r->g, full_key(r, "hidden_activation"), &name, &found, r->err);
     for (size_t i = 0; i < SM_COUNT(known); i++)
-        if (strlen(known[i].name) == name.n && memcmp(known[i].name, name.s, name.n) == 0) {
+        if (is(&name, known[i].name)) {
             h->ffn = known[i].kind;
             return;
         }

@@ -112,7 +112,7 @@ struct sm_arch {
 struct sm_yarn {
     bool used;
     double context, fast, slow;
-    double magnitude;  /* of cos and sin, times 1 - 0.1 log(rope_scale) */
+    double magnitude;  /* of cos and sin; 0: 1 - 0.1 log(rope_scale) */
 };
 
 #define SM_LAYERS_MAX 1024
@@ -141,6 +141,7 @@ struct sm_hparams {
     double rope_base[2], rope_scale[2];
     struct sm_yarn yarn;
     double rope_magnitude; /* what rope multiplies lengths by, too */
+    bool long_rope;     /* the file must have rope factors for long and for short contexts */
     int n_ctx_short;    /* contexts up to this take a file's short rope factors, others the long ones */
     bool parallel;      /* by the key */
     float attn_scale;   /* of scores */

@@ -280,7 +280,7 @@ static const char *const factor_names[N_FACTORS] = {
 
 static int bind_factors(struct loader *l, float **factors) {
     const struct sm_hparams *h = &l->m->h;
-    bool two = false;
+    bool two = h->long_rope;
     for (int i = FACTORS_LONG; i <= FACTORS_SHORT; i++)
         two = two || sm_gguf_find_tensor(l->g, factor_names[i]) != NULL;
     for (int i = 0; i < N_FACTORS; i++) {
@@ -581,7 +581,9 @@ static int make_rope_freqs(struct loader *l, float *const *factors) {
         return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
     m->rope_magnitude = m->h.rope_magnitude;
     if (m->h.yarn.used)
-        m->rope_magnitude *= m->h.yarn.magnitude * (1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1)));
+        m->rope_magnitude *= m->h.yarn.magnitude != 0
+                                 ? m->h.yarn.magnitude
+                                 : 1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1));
     int status = make_freqs(l, factor_names[all], factors[all], m->rope_freqs);
     if (status != SMALLM_OK || !m->has_short) return status;
     return make_freqs(l, factor_names[FACTORS_SHORT], factors[FACTORS_SHORT], m->rope_freqs + n);

@@ -188,7 +188,8 @@ class Golden:
         if folder is not None:
             from smallm.convert import convert
 
-            self.folder = write_folder(self.spec, name, folder / name)
+            # Its name becomes the file's, by which llama.cpp knows some models.
+            self.folder = write_folder(self.spec, name, folder / name / "checkpoint")
             self.path = convert(self.folder, folder / f"{name}.gguf", type="f32", progress=False)
 
     def error(self, got: np.ndarray) -> float:

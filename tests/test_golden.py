@@ -154,7 +154,6 @@ OTHER_VALUES = {
     "rope.scaling.original_context_length": 512,
     "rope.scaling.yarn_beta_fast": 20.0,
     "rope.scaling.yarn_beta_slow": 0.01,
-    "rope.scaling.yarn_attn_factor": 2.0,
     "attention.layer_norm_epsilon": 0.05,
     "attention.layer_norm_rms_epsilon": 0.05,
     "attention.sliding_window": 90,
@@ -626,6 +625,43 @@ def test_yarn_of_a_checkpoint(convert_golden: Callable[[str], Golden], tmp_path:
     assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
+def test_yarn_s_magnitude_as_llama_cpp_s_converter_writes_it(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """The checkpoint's own attention_factor, in place of what the factor would give."""
+    golden = convert_golden("qwen2-yarn")
+    magnitude = golden.spec["config"]["rope_parameters"]["attention_factor"]
+    keys = {"rope.scaling.attn_factor": None, "rope.scaling.yarn_attn_factor": tiny.f32(magnitude)}
+    path = golden.change(tmp_path / "m.gguf", keys=keys)
+    assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) < EXACT
+    path = golden.change(tmp_path / "m.gguf", keys={"rope.scaling.attn_factor": None})
+    assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) > 300 * EXACT
+
+
+def test_longrope_is_a_type_that_wants_its_factors(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    golden, keys = convert_golden("phi3-long"), {"rope.scaling.type": "longrope"}
+    path = golden.change(tmp_path / "m.gguf", keys=keys)
+    assert np.array_equal(compute(path, golden.ids), compute(golden.path, golden.ids))
+    message = refusal(convert_golden("phi3").change(path, keys=keys))
+    assert "rope_factors_long.weight is missing" in message
+
+
+def test_keys_that_llama_cpp_s_converter_leaves_out(first: Golden, tmp_path: Path) -> None:
+    """Sizes that others imply: the same answer."""
+    keys = {k.removeprefix(f"{first.arch}."): v.value for k, v in first.read()[0].items()}
+    dropped = {"vocab_size"}
+    if "attention.key_length" in keys or keys["attention.head_count"] > 0:
+        head = keys["embedding_length"] // keys["attention.head_count"]
+        if keys.get("rope.dimension_count") == keys.get("attention.key_length", head):
+            dropped.add("rope.dimension_count")
+    if keys.get("expert_feed_forward_length") == keys["feed_forward_length"]:
+        dropped.add("expert_feed_forward_length")
+    path = first.change(tmp_path / "m.gguf", keys=dict.fromkeys(dropped))
+    assert np.array_equal(compute(path, first.ids), compute(first.path, first.ids))
+
+
 # ---- the folders are what is published -----------------------------------------------------------
 
 
@@ -642,6 +678,6 @@ def test_configs_from_before_transformers_5(
             spec["config"]["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         if rope["rope_type"] != "default":
             spec["config"]["rope_scaling"] = rope
-        folder = goldens.write_folder(spec, name, tmp_path / name)
+        folder = goldens.write_folder(spec, name, tmp_path / name / golden.folder.name)
         path = smallm.convert.convert(folder, tmp_path / "old.gguf", type="f32", progress=False)
         assert path.read_bytes() == golden.path.read_bytes()

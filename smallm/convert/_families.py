@@ -204,7 +204,7 @@ def rope_number(c: Config, parameters: Mapping[str, Any], name: str) -> float:
 
 def yarn(c: Config, p: dict[str, Any], rounded: bool) -> Keys:
     """yarn's keys.  Readers multiply cos and sin by 1 + 0.1 log(factor) themselves, and by
-    yarn_attn_factor.  rounded: mixing begins and ends at whole pairs, which has no key."""
+    attn_factor.  rounded: mixing begins and ends at whole pairs, which has no key."""
 
     def magnitude(mscale: float = 1.0) -> float:
         return 1.0 + 0.1 * mscale * math.log(factor) if factor > 1 else 1.0
@@ -230,7 +230,7 @@ def yarn(c: Config, p: dict[str, Any], rounded: bool) -> Keys:
         "rope.scaling.yarn_beta_slow": float(p.get("beta_slow") or 1),
     }
     if wanted is not None:
-        keys["rope.scaling.yarn_attn_factor"] = wanted / magnitude()
+        keys["rope.scaling.attn_factor"] = wanted / magnitude()
     return keys
 
 

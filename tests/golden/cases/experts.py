@@ -201,7 +201,8 @@ CASES = [
         "olmoe",
         "olmoe",
         transformers.OlmoeConfig(
-            **SMALL | {"intermediate_size": 32},
+            # As published ones, as many kv heads as heads.
+            **SMALL | {"intermediate_size": 32, "num_key_value_heads": 4},
             num_experts=12,
             num_experts_per_tok=3,
             norm_topk_prob=False,
