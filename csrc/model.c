@@ -524,7 +524,7 @@ static void describe(const struct loader *l) {
     info->n_vocab = h->n_vocab;
     info->n_ctx_train = h->n_ctx_train;
     info->n_embd = h->n_embd;
-    info->n_layer = h->n_layer;
+    info->n_layer = h->n_layer + h->n_encoder;
     info->n_head = h->n_head;
     info->n_head_kv = h->n_head_kv;
     info->n_ff = h->n_ff;

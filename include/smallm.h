@@ -98,7 +98,8 @@ typedef struct smallm_model_info {
     uint64_t n_file_bytes; /* tensor data in the file */
     uint64_t n_packed_bytes;
     uint64_t n_token_bytes; /* weight bytes read to decode one token: of experts, those of the chosen */
-    int32_t n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff, head_size;
+    int32_t n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff, head_size; /* an encoder's
+                                layers are counted, too */
     int32_t bos, eos, eot;   /* token ids, -1: none */
     bool add_bos, add_eos;
     char tokenizer[32];      /* "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE) */

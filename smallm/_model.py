@@ -65,7 +65,7 @@ class ModelInfo(NamedTuple):
     context: int  #: tokens a prompt and its answer may have together
     trained_context: int
     vocabulary: int
-    layers: int
+    layers: int  #: of an encoder and its decoder all
     embedding: int  #: width of the residual stream
     heads: int
     kv_heads: int

@@ -14,7 +14,7 @@ from goldens import N_VOCAB, decoder_ids
 from transformers.models.t5 import modeling_t5
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=N_VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=3,
+    vocab_size=N_VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_decoder_layers=2,
     num_heads=6, n_positions=512, dropout_rate=0.0, pad_token_id=3, eos_token_id=2,
     decoder_start_token_id=3,
 )  # fmt: skip
