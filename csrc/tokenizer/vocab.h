@@ -64,12 +64,16 @@ static inline void sm_words_prefetch(const struct sm_words *w, uint64_t h) {
     SM_PREFETCH(&w->slots[sm_hash_mix(h) & w->mask]);
 }
 #define SM_HASHES_AHEAD 32
-/* No text has this hash: far cheaper to know than which one has it. */
-static inline bool sm_words_lack(const struct sm_words *w, uint64_t h) {
+/* The token that likely has a text of this hash, or -1 where none has: its text is not looked at. */
+static inline int32_t sm_words_guess(const struct sm_words *w, uint64_t h) {
     h = sm_hash_mix(h);
     size_t i = h & w->mask;
     while (w->slots[i] != 0 && (w->slots[i] ^ h) >> 32 != 0) i = (i + 1) & w->mask;
-    return w->slots[i] == 0;
+    return (int32_t)(uint32_t)w->slots[i] - 1;
+}
+
+static inline bool sm_same_text(struct sm_str a, struct sm_str b) {
+    return a.n == b.n && memcmp(a.s, b.s, a.n) == 0;
 }
 
 /* ---- the tokenizer -------------------------------------------------------------------------- */
