@@ -48,6 +48,9 @@ struct tile {
     bool carry;              /* starts from out instead of zero */
 };
 
+/* Keeps a sum a chain.  GCC otherwise makes trees of sums of integers, and needs a register for each leaf. */
+#define KEEP(v) __asm__("" : "+x"(v))
+
 /* sum of code * q over n_groups groups, widened by `factor` (int16 in both halves of each int32). */
 INLINE void add_groups(struct sm_layout f, int n_t, int n_groups, const uint8_t *codes,
                        const int8_t *q, size_t stride, __m256i factor, __m256i isum[TILE_TOKENS]) {
@@ -59,10 +62,13 @@ INLINE void add_groups(struct sm_layout f, int n_t, int n_groups, const uint8_t 
             for (int t = 0; t < n_t; t++) {
                 __m256i p = pairs_of(f, w, broadcast4(q + (size_t)t * stride + 4 * g));
                 pairs[t] = g == first ? p : _mm256_add_epi16(pairs[t], p);
+                KEEP(pairs[t]);
             }
         }
-        for (int t = 0; t < n_t; t++)
+        for (int t = 0; t < n_t; t++) {
             isum[t] = _mm256_add_epi32(isum[t], _mm256_madd_epi16(pairs[t], factor));
+            KEEP(isum[t]);
+        }
     }
 }
 
