@@ -43,7 +43,7 @@ static const struct sm_arch archs[] = {
      .parallel = SM_PARALLEL_KEY},
     {.name = "starcoder2", .models = "StarCoder2", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER,
      .ffn = SM_FFN_GELU, .bias = SM_BIAS_LAYERS},
-    {.name = "falcon", .models = "Falcon 11B and 40B", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER,
+    {.name = "falcon", .models = "Falcon 7B, 11B and 40B", .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER,
      .ffn = SM_FFN_GELU_ERF, .parallel = SM_PARALLEL_SECOND},
     {.name = "internlm2", .models = "InternLM2, InternLM2.5", .rope = SM_ROPE_PAIRS},
     {.name = "mpt", .models = "MPT", .rope = SM_ROPE_NONE, .norm = SM_NORM_LAYER_PLAIN,
@@ -391,9 +391,6 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
         return sm_fail(err, SMALLM_E_CORRUPT,
                        "%s: %s.attention.head_count_kv is %d, which does not divide head_count %d",
                        path, arch->name, h->n_head_kv, h->n_head);
-    if (attends && h->n_head / h->n_head_kv > SM_ATTEND_MAX)
-        return sm_fail(err, SMALLM_E_UNSUPPORTED, "%s: %d query heads share a kv head; allowed are %d",
-                       path, h->n_head / h->n_head_kv, SM_ATTEND_MAX);
     int head = attends ? h->n_embd / h->n_head : 0;
     h->head = read_int(&r, "attention.key_length", head, 1, SM_HEAD_MAX);
     int value_length = read_int(&r, "attention.value_length", h->head, 1, SM_HEAD_MAX);

@@ -25,7 +25,7 @@ struct sm_batch {
     const int *positions;       /* [n], ascending within a sequence, whose tokens are neighbours */
     const int *ends;            /* [n] a token sees its sequence up to here, not included */
     struct sm_seq *const *seqs; /* [n], pages reserved up to the tokens' positions */
-    const struct sm_block *blocks; /* [n_blocks], at most SM_ATTEND_MAX / (heads per kv head) tokens each */
+    const struct sm_block *blocks; /* [n_blocks], of SM_ATTEND_MAX / (heads per kv head) tokens, or of one */
     size_t n_blocks;
     const struct sm_adaptation *adaptations; /* [n], or NULL: no token has an adapter */
     const struct sm_run *runs;  /* [n_runs] */

@@ -252,7 +252,7 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
                        struct sm_batch *batch) {
     const struct sm_hparams *h = &s->model->h;
     size_t group = h->n_kv_layer > 0 ? (size_t)(h->n_head / h->n_head_kv) : 1;
-    size_t block_tokens = SM_ATTEND_MAX / group;
+    size_t block_tokens = SM_MAX(SM_ATTEND_MAX / group, 1);
     *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .ends = s->ends, .seqs = s->seqs,
                                .blocks = s->blocks, .runs = s->runs, .wanted = s->wanted, .logits = s->logits,
                                .peaks = s->peaks, .allowed = s->allowed, .alone = true};

@@ -30,7 +30,7 @@ LONG = 600  # positions: three attention chunks, two full prefill chunks
 
 MODELS: dict[str, dict[str, Any]] = {
     "F32": {"types": "F32"},
-    "F16": {"types": "F16", "tied": False},
+    "F16": {"types": "F16", "tied": False, "n_head": 71, "n_head_kv": 1, "head": 4, "n_embd": 32},
     "BF16": {"types": "BF16"},
     "Q4_0": {"types": "Q4_0", "n_embd": 160, "n_head": 5, "n_head_kv": 1, "n_ff": 224},
     "Q4_1": {"types": "Q4_1", "biases": True},

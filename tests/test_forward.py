@@ -19,6 +19,7 @@ SHAPES = {
     "untied": {"tied": False},
     "all heads their own": {"n_head_kv": 4},
     "one kv head": {"n_head": 8, "n_head_kv": 1, "n_embd": 96},
+    "many heads of each kv head": {"n_head": 142, "n_head_kv": 2, "head": 8, "n_embd": 32},
     "odd widths": {"n_embd": 40, "n_head": 5, "n_head_kv": 5, "n_ff": 172, "n_layer": 3},
     "rope factors": {"rope_factors": True},
     "biases": {"biases": True},

@@ -28,9 +28,26 @@ static int end_of(const struct sm_attention *a, size_t t) {
     return a->across ? a->p->batch->sources[t]->n : a->p->batch->ends[t];
 }
 
-/* Where token t's query heads of one kv head begin in buffers->q. */
-static float *query_of(const struct sm_attention *a, size_t t, size_t kv_head) {
-    return a->p->buffers->q + (t * a->n_head_kv + kv_head) * a->group * a->head;
+/* Of the query heads of a kv head those that go together, at most SM_ATTEND_MAX. */
+struct heads {
+    size_t kv_head, first, n;
+};
+
+/* The heads after h, h->n of them; false where there are none.  To begin with, first and n are 0. */
+static bool next_heads(const struct sm_attention *a, struct heads *h) {
+    h->first += h->n;
+    h->n = SM_MIN(a->group - h->first, SM_ATTEND_MAX);
+    return h->n > 0;
+}
+
+/* Among all query heads. */
+static size_t first_head(const struct sm_attention *a, const struct heads *h) {
+    return h->kv_head * a->group + h->first;
+}
+
+/* Where token t's queries of these heads begin in buffers->q. */
+static float *query_of(const struct sm_attention *a, size_t t, const struct heads *h) {
+    return a->p->buffers->q + (t * a->n_head_kv * a->group + first_head(a, h)) * a->head;
 }
 
 static void rope(const struct sm_attention *a, size_t t, float *x) {
@@ -54,15 +71,14 @@ static void norm_head(const struct sm_attention *a, const float *weight, size_t 
     sm_model_norm(m, x, x, weight + row * a->head, NULL, a->head);
 }
 
-/* Normed, turned and scaled queries of token t and one kv head: out [group][head]. */
-static void make_queries(const struct sm_attention *a, size_t t, size_t kv_head, float *out) {
-    const float *q = query_of(a, t, kv_head);
-    memcpy(out, q, a->group * a->head * sizeof(float));
-    for (size_t g = 0; g < a->group; g++) {
-        norm_head(a, a->weights->q_norm, kv_head * a->group + g, out + g * a->head);
+/* Normed, turned and scaled queries of token t: out [h->n][head]. */
+static void make_queries(const struct sm_attention *a, size_t t, const struct heads *h, float *out) {
+    memcpy(out, query_of(a, t, h), h->n * a->head * sizeof(float));
+    for (size_t g = 0; g < h->n; g++) {
+        norm_head(a, a->weights->q_norm, first_head(a, h) + g, out + g * a->head);
         rope(a, t, out + g * a->head);
     }
-    a->p->model->kernels->scale(out, out, a->p->model->h.attn_scale, a->group * a->head);
+    a->p->model->kernels->scale(out, out, a->p->model->h.attn_scale, h->n * a->head);
 }
 
 /* Norms and turns token t's k and writes k and v of one head to the cache.  tmp: [head] */
@@ -105,22 +121,22 @@ static bool begin_with_sink(const struct sm_attention *a, size_t q_head, float *
     return true;
 }
 
-/* What the queries of one kv head and token at `position` need for ALiBi in `chunk`. */
-static void set_slopes(const struct sm_attention *a, size_t kv_head, int position, int chunk,
+/* What the queries of the token at `position` need for ALiBi in `chunk`. */
+static void set_slopes(const struct sm_attention *a, const struct heads *h, int position, int chunk,
                        float *slope, int *at) {
     const float *slopes = a->p->model->slopes;
-    for (size_t g = 0; g < a->group && slopes != NULL; g++) {
-        slope[g] = slopes[kv_head * a->group + g];
+    for (size_t g = 0; g < h->n && slopes != NULL; g++) {
+        slope[g] = slopes[first_head(a, h) + g];
         at[g] = position - chunk * SM_CHUNK;
     }
 }
 
-/* Where the biases of the queries of one kv head and token at `position` begin in `chunk`. */
-static void set_biases(const struct sm_attention *a, size_t kv_head, int position, int chunk,
+/* Where the biases of the queries of the token at `position` begin in `chunk`. */
+static void set_biases(const struct sm_attention *a, const struct heads *h, int position, int chunk,
                        const float **bias) {
     int distance = SM_MAX(SM_MIN(chunk * SM_CHUNK - position, SM_FAR), -SM_FAR - SM_CHUNK);
-    for (size_t g = 0; g < a->group && a->biases != NULL; g++)
-        bias[g] = a->biases + (kv_head * a->group + g) * SM_DISTANCES + (distance + SM_FAR + SM_CHUNK);
+    for (size_t g = 0; g < h->n && a->biases != NULL; g++)
+        bias[g] = a->biases + (first_head(a, h) + g) * SM_DISTANCES + (distance + SM_FAR + SM_CHUNK);
 }
 
 /* Valid positions of `chunk` for token t. */
@@ -165,30 +181,37 @@ static const void *first_page(const struct sm_attention *a, size_t item) {
                          (int)d.kv_head, 0);
 }
 
-static void decode_item(void *context, size_t item, void *scratch, float *local) {
-    const struct sm_attention *a = context;
-    const struct sm_batch *batch = a->p->batch;
-    const struct decode d = decode_of(a, item);
-    int position = batch->positions[d.t];
-    if (!a->across && d.chunk == position / SM_CHUNK) store_kv(a, d.t, d.kv_head, local);
-
-    make_queries(a, d.t, d.kv_head, local);
+/* next: the page that is probably read after this. */
+static void decode_heads(const struct sm_attention *a, const struct decode *d, const struct heads *h,
+                         const void *next, void *scratch, float *local) {
+    int position = a->p->batch->positions[d->t];
+    make_queries(a, d->t, h, local);
     int16_t lo[SM_ATTEND_MAX], hi[SM_ATTEND_MAX];
     float slope[SM_ATTEND_MAX];
     int at[SM_ATTEND_MAX];
     const float *bias[SM_ATTEND_MAX];
-    for (size_t g = 0; g < a->group; g++) set_range(a, d.t, d.chunk, &lo[g], &hi[g]);
-    set_slopes(a, d.kv_head, position, d.chunk, slope, at);
-    set_biases(a, d.kv_head, position, d.chunk, bias);
-    float *m = partial_of(a, d.t, d.kv_head, (size_t)(d.chunk - d.first));
-    /* Neighbouring items are taken one after the other, mostly. */
-    struct sm_attend call = {.q = local, .lo = lo, .hi = hi, .n_q = a->group, .m = m,
-                             .l = m + a->group, .o = m + 2 * a->group, .scratch = scratch,
-                             .next = first_page(a, item + 1),
+    for (size_t g = 0; g < h->n; g++) set_range(a, d->t, d->chunk, &lo[g], &hi[g]);
+    set_slopes(a, h, position, d->chunk, slope, at);
+    set_biases(a, h, position, d->chunk, bias);
+    float *m = partial_of(a, d->t, d->kv_head, (size_t)(d->chunk - d->first));
+    struct sm_attend call = {.q = local, .lo = lo, .hi = hi, .n_q = h->n, .m = m + h->first,
+                             .l = m + a->group + h->first, .o = m + 2 * a->group + h->first * a->head,
+                             .scratch = scratch, .next = next,
                              .slope = a->p->model->slopes != NULL ? slope : NULL, .at = at,
                              .bias = a->biases != NULL ? bias : NULL};
-    set_pages(a, &call, seq_of(a, d.t), d.kv_head, d.chunk, end_of(a, d.t) - 1);
+    set_pages(a, &call, seq_of(a, d->t), d->kv_head, d->chunk, end_of(a, d->t) - 1);
     a->p->model->kernels->attend(&call);
+}
+
+static void decode_item(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_attention *a = context;
+    const struct decode d = decode_of(a, item);
+    if (!a->across && d.chunk == a->p->batch->positions[d.t] / SM_CHUNK)
+        store_kv(a, d.t, d.kv_head, local);
+    /* Neighbouring items are taken one after the other, mostly. */
+    const void *next = first_page(a, item + 1);
+    struct heads h = {.kv_head = d.kv_head};
+    while (next_heads(a, &h)) decode_heads(a, &d, &h, next, scratch, local);
 }
 
 /* Folds token t's chunks: out [n_head * head]. */
@@ -227,21 +250,19 @@ static void store_item(void *context, size_t item, void *scratch, float *local) 
         for (size_t h = 0; h < a->n_head_kv; h++) store_kv(a, t, h, local);
 }
 
-/* One block of tokens and one kv head: all its chunks, folded; the result replaces the queries. */
-static void block_item(void *context, size_t item, void *scratch, float *local) {
-    const struct sm_attention *a = context;
+/* One block of tokens: all its chunks, folded; the result replaces the queries. */
+static void block_heads(const struct sm_attention *a, const struct sm_block *block,
+                        const struct heads *h, void *scratch, float *local) {
     const struct sm_batch *batch = a->p->batch;
     const struct sm_kernels *k = a->p->model->kernels;
-    size_t kv_head = item % a->n_head_kv, group = a->group, head = a->head;
-    /* Late blocks see the most: they go first. */
-    const struct sm_block *block = &batch->blocks[batch->n_blocks - 1 - item / a->n_head_kv];
     const int *positions = batch->positions + block->first;
+    size_t n = h->n, head = a->head;
     size_t rows = SM_ATTEND_MAX;
-    float *q = local, *o = q + rows * head, *O = o + rows * head; /* [block->n * group][head] */
-    float *m = O + rows * head, *l = m + rows, *M = l + rows, *L = M + rows; /* [n * group] */
+    float *q = local, *o = q + rows * head, *O = o + rows * head; /* [block->n * n][head] */
+    float *m = O + rows * head, *l = m + rows, *M = l + rows, *L = M + rows; /* [block->n * n] */
 
     for (size_t i = 0; i < block->n; i++)
-        make_queries(a, block->first + i, kv_head, q + i * group * head);
+        make_queries(a, block->first + i, h, q + i * n * head);
     int first = first_chunk(a, positions[0]), last = end_of(a, block->first + block->n - 1) - 1;
     for (int chunk = first; chunk <= last / SM_CHUNK; chunk++) {
         /* Tokens that see the chunk lie together: windows and ends ascend. */
@@ -254,23 +275,23 @@ static void block_item(void *context, size_t item, void *scratch, float *local) 
         int at[SM_ATTEND_MAX];
         const float *bias[SM_ATTEND_MAX];
         for (size_t i = begin; i < end; i++) {
-            for (size_t g = 0; g < group; g++)
-                set_range(a, block->first + i, chunk, &lo[i * group + g], &hi[i * group + g]);
-            set_slopes(a, kv_head, positions[i], chunk, slope + i * group, at + i * group);
-            set_biases(a, kv_head, positions[i], chunk, bias + i * group);
+            for (size_t g = 0; g < n; g++)
+                set_range(a, block->first + i, chunk, &lo[i * n + g], &hi[i * n + g]);
+            set_slopes(a, h, positions[i], chunk, slope + i * n, at + i * n);
+            set_biases(a, h, positions[i], chunk, bias + i * n);
         }
-        size_t from = begin * group;
+        size_t from = begin * n;
         struct sm_attend call = {.q = q + from * head, .lo = lo + from, .hi = hi + from,
-                                 .n_q = (end - begin) * group, .m = m + from, .l = l + from,
+                                 .n_q = (end - begin) * n, .m = m + from, .l = l + from,
                                  .o = o + from * head, .scratch = scratch,
                                  .slope = a->p->model->slopes != NULL ? slope + from : NULL,
                                  .at = at + from,
                                  .bias = a->biases != NULL ? bias + from : NULL};
-        set_pages(a, &call, seq_of(a, block->first), kv_head, chunk, last);
+        set_pages(a, &call, seq_of(a, block->first), h->kv_head, chunk, last);
         k->attend(&call);
         for (size_t i = begin; i < end; i++)
-            for (size_t r = i * group; r < (i + 1) * group; r++) {
-                size_t q_head = kv_head * group + r % group;
+            for (size_t r = i * n; r < (i + 1) * n; r++) {
+                size_t q_head = first_head(a, h) + r % n;
                 if (chunk == first_chunk(a, positions[i]) &&
                     !begin_with_sink(a, q_head, &M[r], &L[r], O + r * head)) {
                     M[r] = m[r];
@@ -282,9 +303,18 @@ static void block_item(void *context, size_t item, void *scratch, float *local) 
             }
     }
     for (size_t i = 0; i < block->n; i++)
-        for (size_t g = 0; g < group; g++)
-            k->attend_finish(query_of(a, block->first + i, kv_head) + g * head,
-                             O + (i * group + g) * head, L[i * group + g], head);
+        for (size_t g = 0; g < n; g++)
+            k->attend_finish(query_of(a, block->first + i, h) + g * head, O + (i * n + g) * head,
+                             L[i * n + g], head);
+}
+
+static void block_item(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_attention *a = context;
+    const struct sm_batch *batch = a->p->batch;
+    /* Late blocks see the most: they go first. */
+    const struct sm_block *block = &batch->blocks[batch->n_blocks - 1 - item / a->n_head_kv];
+    struct heads h = {.kv_head = item % a->n_head_kv};
+    while (next_heads(a, &h)) block_heads(a, block, &h, scratch, local);
 }
 
 /* ---- norms of all heads together --------------------------------------------------------------------------- */

@@ -326,8 +326,11 @@ def wide_ffn(c: Config) -> Keys:
     return {"feed_forward_length": c.integer("n_inner", "ffn_hidden_size", default=4 * width)}
 
 
-def neox(c: Config) -> Keys:
-    return {"use_parallel_residual": bool(c.get("use_parallel_residual", default=True))}
+def parallel_residual(default: bool) -> Callable[[Config], Keys]:
+    """default: what configs mean that do not say."""
+    return lambda c: {
+        "use_parallel_residual": bool(c.get("use_parallel_residual", default=default))
+    }
 
 
 def neox_rope(c: Config) -> Keys:
@@ -685,10 +688,6 @@ PAIRED: Rule = (
 )
 
 
-def parallel_residual(c: Config) -> Keys:
-    return {"use_parallel_residual": bool(c.get("use_parallel_residual", default=False))}
-
-
 # Norms whose weights are stored less 1, and what they are called without "norm".
 CENTRED = {"input_layer": "attn_norm", "q_": "attn_q_norm", "k_": "attn_k_norm"}
 
@@ -707,6 +706,13 @@ NORMS_AROUND = {
     "pre_feedforward_layer": "ffn_norm",
     "post_feedforward_layer": "post_ffw_norm",
 }
+SILU: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
+NO_WINDOW: Mapping[str, tuple[Any, ...]] = {**SILU, "use_sliding_window": (False,)}
+EXPERTS_IN_EVERY_LAYER: Mapping[str, tuple[Any, ...]] = {
+    **NO_WINDOW,
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+}
 GEGLU: Mapping[str, tuple[Any, ...]] = {
     # Old configs say gelu, which their models never were.
     "hidden_act": ("gelu_pytorch_tanh", "gelu"),
@@ -724,7 +730,7 @@ FAMILIES: tuple[Family, ...] = (
         "llama",
         ("LlamaForCausalLM", "MistralForCausalLM"),
         (base, ffn, rms_norm, rope, sliding_window),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
         rules=(PAIRED,),
         extra=rope_factors,
     ),
@@ -732,18 +738,13 @@ FAMILIES: tuple[Family, ...] = (
         "qwen2",
         ("Qwen2ForCausalLM",),
         (base, ffn, rms_norm, rope),
-        expect={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+        expect=NO_WINDOW,
     ),
     Family(
         "qwen2moe",
         ("Qwen2MoeForCausalLM",),
         (base, ffn, rms_norm, rope, experts, shared_expert, normed_weights(False)),
-        expect={
-            "hidden_act": ("silu",),
-            "use_sliding_window": (False,),
-            "decoder_sparse_step": (1,),
-            "mlp_only_layers": ([],),
-        },
+        expect=EXPERTS_IN_EVERY_LAYER,
         rules=(
             EXPERTS,
             (
@@ -756,7 +757,7 @@ FAMILIES: tuple[Family, ...] = (
         "qwen3",
         ("Qwen3ForCausalLM",),
         (base, ffn, rms_norm, rope),
-        expect={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+        expect=NO_WINDOW,
     ),
     Family(
         "gemma",
@@ -784,13 +785,13 @@ FAMILIES: tuple[Family, ...] = (
         "olmo2",
         ("Olmo2ForCausalLM",),
         (base, ffn, rms_norm, rope),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
     ),
     Family(
         "granite",
         ("GraniteForCausalLM",),
         (base, ffn, rms_norm, rope, multipliers),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
         rules=(PAIRED,),
         extra=rope_factors,
     ),
@@ -798,15 +799,15 @@ FAMILIES: tuple[Family, ...] = (
         "smollm3",
         ("SmolLM3ForCausalLM",),
         (base, ffn, rms_norm, rope, fourth_unturned),
-        expect={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+        expect=NO_WINDOW,
         rules=(PAIRED,),
         extra=rope_factors,
     ),
     Family(
         "stablelm",
         ("StableLmForCausalLM",),
-        (base, ffn, layer_norm, rope, parallel_residual),
-        expect={"hidden_act": ("silu",)},
+        (base, ffn, layer_norm, rope, parallel_residual(False)),
+        expect=SILU,
         rules=(
             (
                 r"model\.layers\.(\d+)\.self_attn\.([qk])_layernorm\.norms\.(\d+)\.weight",
@@ -818,46 +819,40 @@ FAMILIES: tuple[Family, ...] = (
         "command-r",
         ("CohereForCausalLM",),
         (base, ffn, layer_norm, rope, logit_scale),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
     ),
     Family(
         "cohere2",
         ("Cohere2ForCausalLM",),
         (base, ffn, layer_norm, rope, windows(4), logit_scale),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
     ),
     Family(
         "exaone4",
         ("Exaone4ForCausalLM",),
         (base, ffn, rms_norm, rope, windows(4)),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
         extra=rope_factors,
     ),
     Family(
         "qwen3moe",
         ("Qwen3MoeForCausalLM",),
         (base, ffn, rms_norm, rope, experts, normed_weights(True)),
-        expect={
-            "hidden_act": ("silu",),
-            "use_sliding_window": (False,),
-            "decoder_sparse_step": (1,),
-            "mlp_only_layers": ([],),
-            "attention_bias": (False,),
-        },
+        expect={**EXPERTS_IN_EVERY_LAYER, "attention_bias": (False,)},
         rules=(EXPERTS,),
     ),
     Family(
         "olmoe",
         ("OlmoeForCausalLM",),
         (base, ffn, rms_norm, rope, experts, normed_weights(False)),
-        expect={"hidden_act": ("silu",), "clip_qkv": (None,), "attention_bias": (False,)},
+        expect={**SILU, "clip_qkv": (None,), "attention_bias": (False,)},
         rules=(EXPERTS,),
     ),
     Family(
         "granitemoe",
         ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
         (base, ffn, rms_norm, rope, experts, shared_expert, multipliers),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
         rules=(
             PAIRED,
             (
@@ -892,7 +887,7 @@ FAMILIES: tuple[Family, ...] = (
         "phi3",
         ("Phi3ForCausalLM",),
         (base, ffn, rms_norm, rope, sliding_window),
-        expect={"hidden_act": ("silu",)},
+        expect=SILU,
         extra=long_rope_factors,
     ),
     Family(
@@ -923,7 +918,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gptneox",
         ("GPTNeoXForCausalLM",),
-        (base, ffn, layer_norm, neox_rope, neox),
+        (base, ffn, layer_norm, neox_rope, parallel_residual(True)),
         expect={"hidden_act": ("gelu",), "attention_bias": (True,)},
         rules=(
             (
@@ -954,7 +949,7 @@ FAMILIES: tuple[Family, ...] = (
         "internlm2",
         ("InternLM2ForCausalLM",),
         (base, ffn, rms_norm, rope),
-        expect={"hidden_act": ("silu",), "bias": (False,)},
+        expect={**SILU, "bias": (False,)},
         rules=((r"model\.layers\.(\d+)\.attention\.wqkv\.(weight)", internlm2_qkv),),
     ),
     Family(
@@ -980,7 +975,7 @@ FAMILIES: tuple[Family, ...] = (
         "mamba2",
         ("Mamba2ForCausalLM",),
         (state_space,),
-        expect={"hidden_act": ("silu",), "use_bias": (False,), "use_conv_bias": (True,)},
+        expect={**SILU, "use_bias": (False,), "use_conv_bias": (True,)},
         rules=(
             (
                 r"backbone\.layers\.(\d+)\.mixer\.conv1d\.weight",
