@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import tiny
-from goldens import Golden, ask
+from goldens import Golden, ask, write_folder
 from tiny import Tensor
 
 import smallm
+from smallm.convert import convert
 
 START = 3  # the goldens' decoder_start_token_id
 REFUSALS = (smallm.CorruptModelError, smallm.UnsupportedModelError)
@@ -127,6 +129,32 @@ def test_memory_for_a_source_is_within_the_limit(golden: Golden) -> None:
         for _ in range(3):  # what is kept of one makes room for the next
             assert same(model.generate(golden.ids, **PARAMS), expected)
             model.generate(golden.ids[::-1], **PARAMS)
+
+
+def test_a_folder_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    """SentencePiece Unigram, as published: a source ends with EOS, answers begin after PAD."""
+    spec = Golden("t5").spec
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "vocab_size": 300}
+    folder = write_folder(spec | {"config": spec["config"] | ids}, "t5", tmp_path / "folder")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    text = "Translate English to German: the little fox found its twelve coins in a quiet wood. "
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text * 3, text.upper()]), model_prefix=str(folder / "spiece"),
+        model_type="unigram", vocab_size=200, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    source = [*processor.encode(text), 1]
+    path = convert(folder, tmp_path / "m.gguf", type="q8_0", progress=False)
+    known = {i: -1000.0 for i in range(300) if i < 3 or i >= processor.vocab_size()}
+    with smallm.load(path, threads=2) as model:
+        got = model.generate(text, temperature=0, max_tokens=12, logit_bias=known)
+        assert got.usage.prompt_tokens == len(source) + 1
+        assert same(got, model.generate(source, temperature=0, max_tokens=12, logit_bias=known))
+        assert got.tokens and got.text == processor.decode(got.tokens)
+        first = int(model.logits([0], source=source)[0, 3 : processor.vocab_size()].argmax()) + 3
+        assert got.tokens[0] == first
 
 
 # ---- what is asked for wrongly -------------------------------------------------------------------
