@@ -369,7 +369,8 @@ static size_t match_asian(const uint8_t *s, size_t i, size_t n) {
 
 /* The names are those of llama.cpp's files, which has one for each hash of a tokenizer's answers: many
  * are the same.  falcon's tokenizer takes digits apart only after it has written bytes as
- * characters. */
+ * characters.  What is punctuation there comes from a table of Unicode 8: the hundred or so characters
+ * that became it since, or ceased to be it, are cut here as in today's Unicode, as in llama.cpp. */
 static const struct sm_pretok rows[] = {
     {"gpt-2", 0, {match_gpt2}},
     {"phi-2", 0, {match_gpt2}},
