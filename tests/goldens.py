@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,8 +230,44 @@ class Golden:
         return path
 
 
+def small_vocabulary() -> dict[str, Any]:
+    """tokenizer.ggml.* keys of 16 SentencePiece tokens."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", *"abcdefghijkl"]
+    types = [tiny.UNKNOWN, tiny.CONTROL, tiny.CONTROL] + [tiny.NORMAL] * 13
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        "tokenizer.ggml.token_type": KV(gguf.GGUFValueType.ARRAY, types, gguf.GGUFValueType.INT32),
+    }
+
+
+def write_head(golden: Golden, path: Path) -> None:
+    """The golden's file with a small vocabulary and without its tensors' data: a seed for
+    tests/fuzz/fuzz_model.c."""
+    kvs, tensors = golden.read()
+    tokenizer = {key: tiny.as_kv(value) for key, value in small_vocabulary().items()}
+    n_vocab = len(tokenizer["tokenizer.ggml.tokens"].value)
+    kvs = {key: kv for key, kv in kvs.items() if not key.startswith("tokenizer.")}
+    if f"{golden.arch}.vocab_size" in kvs:
+        kvs[f"{golden.arch}.vocab_size"] = tiny.u32(n_vocab)
+    for name, t in tensors.items():
+        if t.shape[0] == N_VOCAB:
+            tensors[name] = Tensor(t.type, (n_vocab, *t.shape[1:]), t.data[:n_vocab])
+    tiny._write(path, golden.arch, kvs | tokenizer, tensors)
+    data = min(t.data_offset for t in gguf.GGUFReader(path).tensors)
+    path.write_bytes(path.read_bytes()[:data])
+
+
 def main() -> None:
-    """goldens.py FOLDER NAME...: NAME.gguf for the C tests."""
+    """goldens.py FOLDER NAME...: NAME.gguf for the C tests; --heads FOLDER: all, for the fuzzer."""
+    if sys.argv[1] == "--heads":
+        heads = Path(sys.argv[2])
+        heads.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as work:
+            for name in names():
+                write_head(Golden(name, Path(work)), heads / name)
+        return
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[2:]:
