@@ -20,17 +20,13 @@ struct opener {
     size_t n_blocks_bytes, n_values; /* the largest */
 };
 
-static bool equals(struct sm_str s, const char *text) {
-    return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
-}
-
 /* ---- keys ---------------------------------------------------------------------------------------- */
 
 static int judge_key(struct opener *o, const char *key, const char *allowed) {
     struct sm_str value = {"", 0};
     bool found;
     int status = sm_gguf_get_string(o->g, key, &value, &found, o->err);
-    if (status != SMALLM_OK || equals(value, allowed)) return status;
+    if (status != SMALLM_OK || sm_str_is(value, allowed)) return status;
     char shown[80];
     return sm_fail(o->err, SMALLM_E_UNSUPPORTED, "%s: %s is \"%s\"; an adapter for this model has \"%s\"",
                    sm_gguf_path(o->g), key, sm_printable(shown, sizeof shown, value.s, value.n), allowed);
@@ -63,7 +59,7 @@ static const struct sm_matrix *find_matrix(const struct opener *o, struct sm_str
     if (name.n <= 7) return NULL;
     name.n -= 7;
     for (size_t i = 0; i < m->n_matrices; i++)
-        if (equals(name, m->matrices[i].name)) return m->matrices[i].matrix;
+        if (sm_str_is(name, m->matrices[i].name)) return m->matrices[i].matrix;
     return NULL;
 }
 

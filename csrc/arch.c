@@ -18,9 +18,9 @@ static const struct sm_arch archs[] = {
      .attn_cap = 50, .logit_cap = 30, .wide_layers = 46},
     {.name = "gemma3", .models = "Gemma 3 (text)", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AROUND,
      .qk_norm = SM_QK_NORM_HEAD, .ffn = SM_FFN_GEGLU, .window_period = 6, .local_base = 10000,
-     .scaled_embeddings = true, .wide_layers = 62},
-    {.name = "olmo2", .models = "OLMo 2", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
-     .qk_norm = SM_QK_NORM_ROW, .window_period = 4},
+     .plain_windows = true, .scaled_embeddings = true, .wide_layers = 62},
+    {.name = "olmo2", .models = "OLMo 2 and 3", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
+     .qk_norm = SM_QK_NORM_ROW, .window_period = 4, .plain_windows = true},
     {.name = "granite", .models = "Granite 3 (dense)", .rope = SM_ROPE_PAIRS, .divided_logits = true},
     {.name = "smollm3", .models = "SmolLM3", .rope = SM_ROPE_PAIRS, .unturned_period = 4},
     {.name = "stablelm", .models = "StableLM 2, StableLM 3B, Zephyr", .rope = SM_ROPE_HALVES,
@@ -70,10 +70,6 @@ static const struct sm_arch archs[] = {
      .output_norm = "dec.output_norm.weight"},
 };
 
-static bool is(const struct sm_str *s, const char *text) {
-    return strlen(text) == s->n && memcmp(text, s->s, s->n) == 0;
-}
-
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
     struct sm_str name = {"", 0};
     bool found;
@@ -85,7 +81,7 @@ int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_err
     char known[400] = ""; /* a test finds the last row's name in it */
     for (size_t i = 0; i < SM_COUNT(archs); i++) {
         const char *row = archs[i].name;
-        if (is(&name, row)) {
+        if (sm_str_is(name, row)) {
             *out = &archs[i];
             return SMALLM_OK;
         }
@@ -105,9 +101,12 @@ struct reader {
     smallm_error *err;
     int status;
     char key[128];
+    const char *asked[96]; /* [n_asked] names that were looked for: judge_rest refuses all others */
+    size_t n_asked;
 };
 
 static const char *full_key(struct reader *r, const char *name) {
+    if (r->n_asked < SM_COUNT(r->asked)) r->asked[r->n_asked++] = name;
     snprintf(r->key, sizeof r->key, "%s.%s", r->arch->name, name);
     return r->key;
 }
@@ -134,7 +133,7 @@ static int read_int(struct reader *r, const char *name, int64_t missing, int64_t
     return (int)value;
 }
 
-/* low < value <= high, or `missing`; where that is NaN the key must be there */
+/* low < value <= high, also as a float; or `missing`: where that is NaN the key must be there */
 static double read_float(struct reader *r, const char *name, double missing, double low,
                          double high) {
     if (r->status != SMALLM_OK) return missing;
@@ -146,7 +145,7 @@ static double read_float(struct reader *r, const char *name, double missing, dou
     if (!found && isnan(missing))
         r->status = sm_fail(r->err, SMALLM_E_CORRUPT, "%s: the key %s is missing",
                             sm_gguf_path(r->g), key);
-    else if (found && !(value > low && value <= high))
+    else if (found && !((float)value > low && value <= high))
         r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
                             "%s: %s is %g; allowed are values above %g up to %g",
                             sm_gguf_path(r->g), key, value, low, high);
@@ -168,20 +167,19 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     if (r->status == SMALLM_OK)
         r->status = sm_gguf_get_string(r->g, full_key(r, "rope.scaling.type"), &type, &found, r->err);
     if (r->status != SMALLM_OK) return;
-    bool linear = is(&type, "linear");
-    h->yarn.used = is(&type, "yarn");
-    h->long_rope = is(&type, "longrope");
-    if (!linear && !h->yarn.used && !h->long_rope && !is(&type, "none")) {
+    bool linear = sm_str_is(type, "linear");
+    h->yarn.used = sm_str_is(type, "yarn");
+    h->long_rope = sm_str_is(type, "longrope");
+    if (!linear && !h->yarn.used && !h->long_rope && !sm_str_is(type, "none")) {
         char shown[32];
         refuse(r, r->key, sm_printable(shown, sizeof shown, type.s, type.n),
                "none, linear, yarn and longrope");
         return;
     }
-    double factor = read_float(r, "rope.scale_linear", 1, 0, 1e6); /* the key's name before 2024 */
-    factor = read_float(r, "rope.scaling.factor", factor, 0, 1e6);
+    double factor = read_float(r, "rope.scale_linear", 1, 1e-3, 1e6); /* the key's name before 2024 */
+    factor = read_float(r, "rope.scaling.factor", factor, 1e-3, 1e6);
     if (linear || h->yarn.used || !found) h->rope_scale[0] = 1 / factor;
     if (!h->yarn.used) return;
-    if (r->arch->local_base != 0) refuse(r, r->key, "yarn", "none and linear in this architecture");
     h->yarn.context = read_int(r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
     h->yarn.fast = read_float(r, "rope.scaling.yarn_beta_fast", 32, 0, 1e6);
     h->yarn.slow = read_float(r, "rope.scaling.yarn_beta_slow", 1, 0, 1e6);
@@ -240,34 +238,40 @@ static void read_mixers(struct reader *r, struct sm_hparams *h) {
     h->conv_width = inner + 2 * h->ssm_group * h->ssm_state;
 }
 
+/* An array with a value for each layer, whole numbers or (flags) booleans; n is 0 where the key is not
+ * an array. */
+static struct sm_gguf_array read_array(struct reader *r, const struct sm_hparams *h, const char *name,
+                                       bool flags) {
+    struct sm_gguf_array a = {.n = 0};
+    if (r->status != SMALLM_OK) return a;
+    const char *key = full_key(r, name);
+    size_t at = sm_gguf_find(r->g, key);
+    if (at == SIZE_MAX || sm_gguf_kind(r->g, at) != SM_GGUF_ARRAY) return a;
+    r->status = sm_gguf_get_array(r->g, key, &a, r->err);
+    if (r->status != SMALLM_OK) return a;
+    bool whole = a.kind <= SM_GGUF_I32 || a.kind == SM_GGUF_U64 || a.kind == SM_GGUF_I64;
+    if (a.n != (size_t)h->n_layer || !(flags ? a.kind == SM_GGUF_BOOL : whole))
+        r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
+                            "%s: %s has %zu values of kind %s; allowed is one number or %d %s",
+                            sm_gguf_path(r->g), key, a.n, sm_gguf_kind_name(a.kind), h->n_layer,
+                            flags ? "flags of kind bool" : "whole ones");
+    return a;
+}
+
 /* attention.head_count and head_count_kv, the latter one number or one for each layer: layers
  * without kv heads carry a state, where the file has one. */
 static void read_heads(struct reader *r, struct sm_hparams *h) {
     int least = h->conv_kernel > 0 ? 0 : 1;
     h->n_head = read_int(r, "attention.head_count", NO_DEFAULT, least, 1024);
-    if (r->status != SMALLM_OK) return;
-    const char *key = full_key(r, "attention.head_count_kv");
-    size_t at = sm_gguf_find(r->g, key);
-    struct sm_gguf_array each = {.n = 0};
-    if (at != SIZE_MAX && sm_gguf_kind(r->g, at) == SM_GGUF_ARRAY)
-        r->status = sm_gguf_get_array(r->g, key, &each, r->err);
-    else
-        h->n_head_kv = read_int(r, "attention.head_count_kv", h->n_head, least, h->n_head);
-    if (r->status != SMALLM_OK) return;
-    bool numbers = each.kind <= SM_GGUF_I32 || each.kind == SM_GGUF_U64 || each.kind == SM_GGUF_I64;
-    if (each.data != NULL && (each.n != (size_t)h->n_layer || !numbers)) {
-        r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
-                            "%s: %s has %zu values of kind %s; allowed is one number or %d whole ones",
-                            sm_gguf_path(r->g), key, each.n, sm_gguf_kind_name(each.kind), h->n_layer);
-        return;
-    }
-    for (int i = 0; i < h->n_layer; i++) {
+    struct sm_gguf_array each = read_array(r, h, "attention.head_count_kv", false);
+    if (each.n == 0) h->n_head_kv = read_int(r, "attention.head_count_kv", h->n_head, least, h->n_head);
+    for (int i = 0; i < h->n_layer && r->status == SMALLM_OK; i++) {
         int64_t n = each.n > 0 ? sm_gguf_array_int(&each, (size_t)i) : h->n_head_kv;
-        if (n < least || n > h->n_head || (n > 0 && h->n_head_kv > 0 && n != h->n_head_kv)) {
-            bool other = n > 0 && n <= h->n_head;
+        bool other = n > 0 && n <= h->n_head && h->n_head_kv > 0 && n != h->n_head_kv;
+        if (n < least || n > h->n_head || other) {
             r->status = sm_fail(r->err, other ? SMALLM_E_UNSUPPORTED : SMALLM_E_CORRUPT,
                                 "%s: %s is %lld in layer %d; allowed are %d to %d, and in all layers "
-                                "with kv heads the same", sm_gguf_path(r->g), key, (long long)n, i,
+                                "with kv heads the same", sm_gguf_path(r->g), r->key, (long long)n, i,
                                 least, h->n_head);
             return;
         }
@@ -281,25 +285,12 @@ static void read_heads(struct reader *r, struct sm_hparams *h) {
 
 /* The window's size, and which layers have it: a period or a flag for each layer. */
 static void read_window(struct reader *r, struct sm_hparams *h) {
+    static const char pattern[] = "attention.sliding_window_pattern";
     h->window = read_int(r, "attention.sliding_window", r->arch->window, 0, 1 << 24);
-    if (r->status != SMALLM_OK) return;
-    const char *key = full_key(r, "attention.sliding_window_pattern");
-    size_t at = sm_gguf_find(r->g, key);
-    struct sm_gguf_array flags = {.n = 0};
+    struct sm_gguf_array flags = read_array(r, h, pattern, true);
     int period = r->arch->window_period;
-    if (at != SIZE_MAX && sm_gguf_kind(r->g, at) == SM_GGUF_ARRAY)
-        r->status = sm_gguf_get_array(r->g, key, &flags, r->err);
-    else
-        period = read_int(r, "attention.sliding_window_pattern", period, 0, SM_LAYERS_MAX);
-    if (r->status != SMALLM_OK) return;
-    if (flags.n > 0 && (flags.n != (size_t)h->n_layer || flags.kind != SM_GGUF_BOOL)) {
-        r->status = sm_fail(r->err, SMALLM_E_CORRUPT,
-                            "%s: %s has %zu values of kind %s; allowed are %d of kind %s",
-                            sm_gguf_path(r->g), key, flags.n, sm_gguf_kind_name(flags.kind),
-                            h->n_layer, sm_gguf_kind_name(SM_GGUF_BOOL));
-        return;
-    }
-    for (int i = 0; i < h->n_layer && h->window > 0; i++)
+    if (flags.n == 0) period = read_int(r, pattern, period, 0, SM_LAYERS_MAX);
+    for (int i = 0; i < h->n_layer && r->status == SMALLM_OK && h->window > 0; i++)
         h->windowed[i] = flags.n > 0   ? sm_gguf_array_int(&flags, (size_t)i) != 0
                          : period == 0 || i % period < period - 1;
 }
@@ -335,7 +326,7 @@ static void read_activation(struct reader *r, struct sm_hparams *h) {
     if (h->ffn != SM_FFN_SWIGLU || r->status != SMALLM_OK) return;
     r->status = sm_gguf_get_string(r->g, full_key(r, "hidden_activation"), &name, &found, r->err);
     for (size_t i = 0; i < SM_COUNT(known); i++)
-        if (is(&name, known[i].name)) {
+        if (sm_str_is(name, known[i].name)) {
             h->ffn = known[i].kind;
             return;
         }
@@ -353,11 +344,35 @@ static void read_layers(struct reader *r, struct sm_hparams *h) {
     h->decoder_start = read_int(r, "decoder_start_token_id", NO_DEFAULT, 0, (1 << 24) - 1);
 }
 
-/* Keys of steps that this version does not run: 0 where they are there. */
-static const char *const steps_not_run[] = {
-    "attention.clamp_kqv", "attention.temperature_scale", "router_logit_softcapping",
-    "rope.scaling.yarn_log_multiplier",
+/* Keys of the architecture that may be there and say nothing, or nothing that tensors do not say. */
+static const char *const idle[] = {
+    "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", /* the other norm's */
+    "expert_shared_count", "rope.scaling.finetuned", "tensor_data_layout", "use_parallel_residual",
 };
+
+static bool is_one_of(const char *const *names, size_t n, struct sm_str name) {
+    for (size_t i = 0; i < n; i++)
+        if (sm_str_is(name, names[i])) return true;
+    return false;
+}
+
+/* A key of the architecture that nothing here reads is a step that would be left out: refused, unless
+ * it is 0, false or empty. */
+static void judge_rest(struct reader *r) {
+    size_t prefix = strlen(full_key(r, ""));
+    for (size_t i = 0; i < sm_gguf_n_keys(r->g) && r->status == SMALLM_OK; i++) {
+        struct sm_str key = sm_gguf_key(r->g, i);
+        if (key.n < prefix || memcmp(key.s, r->key, prefix) != 0) continue;
+        struct sm_str name = {key.s + prefix, key.n - prefix};
+        if (is_one_of(r->asked, r->n_asked, name) || is_one_of(idle, SM_COUNT(idle), name)) continue;
+        char value[32], shown[96], printable[32];
+        if (sm_gguf_format(r->g, i, value, sizeof value) < 0) snprintf(value, sizeof value, "an array");
+        if (strcmp(value, "0") == 0 || strcmp(value, "false") == 0 || value[0] == 0) continue;
+        sm_printable(shown, sizeof shown, key.s, key.n);
+        refuse(r, shown, sm_printable(printable, sizeof printable, value, strlen(value)),
+               "files without this key, which it does not know");
+    }
+}
 
 int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_hparams *h,
                  smallm_error *err) {
@@ -378,10 +393,11 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     read_rope_scaling(&r, h);
     double local_base = arch->local_base != 0 ? arch->local_base : h->rope_base[0];
     h->rope_base[1] = read_float(&r, "rope.freq_base_swa", local_base, 1, 1e12);
-    h->rope_scale[1] = arch->local_base != 0 ? 1 : h->rope_scale[0];
+    h->rope_scale[1] = arch->plain_windows ? 1 : h->rope_scale[0];
     h->rope_magnitude = read_float(&r, "rope.scaling.attn_factor", 1, 0, 1e3);
     h->n_ctx_short = read_int(&r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
-    bool two = h->rope_base[1] != h->rope_base[0] || h->rope_scale[1] != h->rope_scale[0];
+    bool two = h->rope_base[1] != h->rope_base[0] || h->rope_scale[1] != h->rope_scale[0] ||
+               (arch->plain_windows && h->yarn.used);
     h->n_rope = arch->rope == SM_ROPE_NONE ? 0 : h->window > 0 && two ? 2 : 1;
     if (r.status != SMALLM_OK) return r.status;
 
@@ -400,9 +416,6 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     read_experts(&r, h);
     read_activation(&r, h);
     read_scales(&r, h);
-    for (size_t i = 0; i < SM_COUNT(steps_not_run); i++)
-        if (read_float(&r, steps_not_run[i], 0, -1e30, 1e30) != 0)
-            refuse(&r, r.key, "not 0", "models without it");
     bool causal = true, found;
     if (r.status == SMALLM_OK && arch->parallel == SM_PARALLEL_KEY) {
         h->parallel = true;
@@ -411,6 +424,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     if (r.status == SMALLM_OK)
         r.status = sm_gguf_get_bool(g, full_key(&r, "attention.causal"), &causal, &found, err);
     if (r.status == SMALLM_OK && !causal) refuse(&r, r.key, "false", "causal models");
+    judge_rest(&r);
     if (r.status != SMALLM_OK) return r.status;
 
     if (arch->has_encoder && (h->window > 0 || h->n_state_layer > 0))
@@ -421,9 +435,9 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
         return sm_fail(err, SMALLM_E_UNSUPPORTED,
                        "%s: attention.value_length is %d and key_length %d; this version needs them equal",
                        path, value_length, h->head);
-    if (h->head % 4 != 0 || h->head > SM_HEAD_MAX)
+    if (h->head % 4 != 0 || h->head > SM_HEAD_MAX || (attends && h->head == 0))
         return sm_fail(err, SMALLM_E_UNSUPPORTED,
-                       "%s: a head has %d values; allowed are multiples of 4 up to %d", path, h->head,
+                       "%s: a head has %d values; allowed are multiples of 4, from 4 to %d", path, h->head,
                        SM_HEAD_MAX);
     if (h->n_rot % 2 != 0 || h->n_rot > h->head)
         return sm_fail(err, SMALLM_E_CORRUPT,

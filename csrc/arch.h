@@ -100,6 +100,7 @@ struct sm_arch {
     int unturned_period; /* ... has no rope */
     bool turns_windows; /* in models with windows only layers with one have rope */
     double local_base;  /* rope's base in layers with a window; 0: as in the others */
+    bool plain_windows; /* rope is not scaled in layers with a window */
     bool scaled_embeddings; /* by sqrt(n_embd) */
     bool divided_logits;    /* by logit_scale, where others are multiplied */
     double attn_cap, logit_cap; /* soft caps of files that do not name theirs; 0: none */

@@ -13,7 +13,8 @@
 static void embed_tokens(void *context, size_t item, void *scratch, float *local) {
     const struct sm_pass *p = context;
     const struct sm_model *m = p->model;
-    size_t n_angles = (size_t)(m->h.n_rope * (m->h.n_rot / 2)), n_embd = (size_t)m->h.n_embd;
+    size_t n_pairs = (size_t)m->h.n_rot / 2, n_angles = (size_t)m->h.n_rope * n_pairs;
+    size_t n_embd = (size_t)m->h.n_embd;
     size_t end = SM_MIN((item + 1) * TOKENS_PER_ITEM, p->batch->n);
     (void)scratch;
     (void)local;
@@ -25,10 +26,10 @@ static void embed_tokens(void *context, size_t item, void *scratch, float *local
         size_t position = (size_t)p->batch->positions[t];
         if (m->positions != NULL) m->kernels->add(x, m->positions + position * n_embd, n_embd);
         for (size_t i = 0; i < n_angles; i++) {
-            double s, c;
+            double s, c, magnitude = m->rope_magnitude[i / n_pairs];
             sm_sincos((double)position * p->buffers->freqs[i], &s, &c);
-            p->buffers->cos[t * n_angles + i] = (float)(m->rope_magnitude * c);
-            p->buffers->sin[t * n_angles + i] = (float)(m->rope_magnitude * s);
+            p->buffers->cos[t * n_angles + i] = (float)(magnitude * c);
+            p->buffers->sin[t * n_angles + i] = (float)(magnitude * s);
         }
     }
 }

@@ -21,6 +21,9 @@ struct sm_str { /* a view into the reader's memory: not NUL-terminated, may hold
     const char *s;
     size_t n;
 };
+static inline bool sm_str_is(struct sm_str s, const char *text) {
+    return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
+}
 
 struct sm_gguf;
 

@@ -539,11 +539,15 @@ static void describe(const struct loader *l) {
 
 /* ---- opening --------------------------------------------------------------------------------------------- */
 
+static bool is_scaled(const struct sm_model *m, int table) {
+    return table == 0 || !m->arch->plain_windows;
+}
+
 /* What the file's scaling makes of pair i's frequency in a table of angles.  yarn's `begin` and `end`
  * are the pairs that turn `fast` and `slow` times within the original context. */
 static double scale_rope(const struct sm_model *m, int table, int i) {
     const struct sm_hparams *h = &m->h;
-    if (!h->yarn.used) return h->rope_scale[table];
+    if (!h->yarn.used || !is_scaled(m, table)) return h->rope_scale[table];
     const double pairs = h->n_rot / (2 * sm_log(h->rope_base[table])), turn = 2 * PI;
     double begin = pairs * sm_log(h->yarn.context / (h->yarn.fast * turn));
     double end = pairs * sm_log(h->yarn.context / (h->yarn.slow * turn));
@@ -579,11 +583,11 @@ static int make_rope_freqs(struct loader *l, float *const *factors) {
     m->rope_freqs = sm_calloc((size_t)((m->h.n_rope + m->has_short) * n), sizeof m->rope_freqs[0]);
     if (m->rope_freqs == NULL)
         return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
-    m->rope_magnitude = m->h.rope_magnitude;
+    double magnitude = m->h.rope_magnitude;
     if (m->h.yarn.used)
-        m->rope_magnitude *= m->h.yarn.magnitude != 0
-                                 ? m->h.yarn.magnitude
-                                 : 1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1));
+        magnitude *= m->h.yarn.magnitude != 0 ? m->h.yarn.magnitude
+                                              : 1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1));
+    for (int t = 0; t < m->h.n_rope; t++) m->rope_magnitude[t] = is_scaled(m, t) ? magnitude : 1;
     int status = make_freqs(l, factor_names[all], factors[all], m->rope_freqs);
     if (status != SMALLM_OK || !m->has_short) return status;
     return make_freqs(l, factor_names[FACTORS_SHORT], factors[FACTORS_SHORT], m->rope_freqs + n);

@@ -67,7 +67,7 @@ struct sm_model {
     /* [n_rope][n_rot / 2] radians per position; behind them, where the file has factors for short
      * contexts, those of these. */
     double *rope_freqs;
-    double rope_magnitude;         /* of their cos and sin */
+    double rope_magnitude[2];      /* [n_rope] of their cos and sin */
     bool has_short;
     float *slopes;                 /* [n_head] of ALiBi, or NULL */
     const struct sm_tensor_info *embeddings; /* untied: rows are read from the file; else NULL */

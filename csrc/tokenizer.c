@@ -39,7 +39,7 @@ static int load_model(struct sm_vocab_load *b) {
     if (status != SMALLM_OK) return status;
     if (!found) return sm_vocab_missing(b, "tokenizer.ggml.model");
     for (size_t i = 0; i < SM_COUNT(models); i++)
-        if (strlen(models[i].name) == name.n && memcmp(models[i].name, name.s, name.n) == 0)
+        if (sm_str_is(name, models[i].name))
             t->model = &models[i];
     if (t->model == NULL)
         return sm_fail(b->err, SMALLM_E_UNSUPPORTED,

@@ -17,14 +17,22 @@ BEGIN, END = "<!-- architectures: from csrc/arch.c -->\n", "<!-- end -->"
 class Row(NamedTuple):
     name: str
     models: str
+    fields: dict[str, str]  # all others, as C has them
 
 
 def rows() -> list[Row]:
     text = (ROOT / "csrc" / "arch.c").read_text(encoding="utf-8")
     table = text[text.index("sm_arch archs[]") : text.index("\n};\n")]
-    found = re.findall(r'\{\.name = "([^"]+)",\s*\.models =\s*((?:"[^"]*"\s*)+)', table)
-    assert len(found) == table.count(".name = "), "a row without name and models"
-    return [Row(name, "".join(re.findall(r'"([^"]*)"', models))) for name, models in found]
+    found = []
+    for body in re.findall(r"\{(\.name = .*?)\}", table, re.S):
+        fields = dict(re.findall(r"\.(\w+) =\s*((?:\"[^\"]*\"\s*)+|[^,}\s]+)", body))
+        assert len(fields) == len(re.findall(r"\.\w+ =", body)), body
+        name, models = (
+            "".join(re.findall(r'"([^"]*)"', fields.pop(key))) for key in ("name", "models")
+        )
+        found.append(Row(name, models, fields))
+    assert len(found) == table.count(".name = "), "a row that was not read"
+    return found
 
 
 def table() -> str:

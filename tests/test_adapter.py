@@ -18,6 +18,8 @@ import pytest
 import safetensors.numpy
 import tiny
 from gguf import GGMLQuantizationType as GgmlType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from reference import Reference
 
 import smallm
@@ -492,6 +494,22 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         ({"r": None}, {}, "r is missing"),
         ({"r": 4}, {}, "says that the rank is 4"),
         ({"rank_pattern": {"(": 4}}, {}, "rank_pattern holds"),
+        ({"rank_pattern": {"(([a-z._0-9])+)+x": 4}}, {}, "rank_pattern holds .* repeats"),
+        ({"alpha_pattern": {".*a.*a.*a.*a.*x": 4}}, {}, "alpha_pattern holds .* repeats"),
+        ({"lora_alpha": 10**400}, {}, "adapter_config.json: .*OverflowError"),
+        ({"rank_pattern": {"q_proj": float("nan")}}, {}, "adapter_config.json: .*ValueError"),
+        (
+            {"r": 0},
+            {NAME.format("A"): np.ones((0, 64), np.float32),
+             NAME.format("B"): np.ones((64, 0), np.float32)},
+            "says that the rank is 0",
+        ),
+        (
+            {"r": 1},
+            {NAME.format("A"): np.ones((1, 300_000), np.float32),
+             NAME.format("B"): np.ones((300_000, 1), np.float32)},
+            r"q_proj is changed by \[300000, 300000\] values",
+        ),
         ({}, {NAME.format("B"): None}, "has no partner"),
         ({}, {NAME.format("A"): np.full((6, 64), np.nan, np.float32)}, "lora_A.weight has an inf"),
         ({}, {NAME.format("A"): np.ones((6, 64), np.int8)}, "a matrix of floats"),
@@ -521,6 +539,43 @@ def test_peft_folders_are_refused_by_name(
     folder = write_peft(tmp_path / "bad", peft_config(**config), given)
     with pytest.raises(smallm.SmallmError, match=message):
         smallm.load(setup.base.path, adapters={"a": folder})
+
+
+def test_a_config_that_nests_too_deeply(setup: Setup, tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "a", peft_config(), {NAME.format("A"): np.ones((6, 64))})
+    (folder / "adapter_config.json").write_text('{"r": ' + "[" * 100_000)
+    with pytest.raises(smallm.CorruptModelError, match="not JSON"):
+        smallm.load(setup.base.path, adapters={"a": folder})
+
+
+PLACES = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(places=PLACES, near=st.booleans())
+def test_files_with_other_bytes(
+    setup: Setup, tmp_path: Path, places: list[tuple[int, int]], near: bool
+) -> None:
+    """Refused by an error of ours, or loaded and run; of the file's beginning or anywhere."""
+    folder = write_peft(
+        tmp_path / "bytes",
+        peft_config(),
+        {NAME.format("A"): np.ones((6, 64), "f"), NAME.format("B"): np.ones((64, 6), "f")},
+    )
+    changed = [folder / "adapter_model.safetensors", folder / "adapter_config.json"]
+    one = tmp_path / "one.gguf"
+    one.write_bytes(setup.paths["one"].read_bytes())
+    for path in (one, *changed):
+        data = bytearray(path.read_bytes())
+        for at, value in places:
+            data[at % (min(len(data), 600) if near else len(data))] = value
+        path.write_bytes(data)
+    for path in (one, folder):
+        try:
+            with smallm.load(setup.base.path, adapters={"a": path}) as model:
+                model.logits(setup.ids[:3], adapter="a")
+        except smallm.SmallmError as error:
+            assert str(error)
 
 
 def test_a_folder_without_an_adapter(setup: Setup, tmp_path: Path) -> None:

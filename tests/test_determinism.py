@@ -191,12 +191,15 @@ def test_company_changes_no_bit(
     prompts = [prompt(n, seed=n) for n in (300, 40, 1, 17, 64)]
     with Engine(models(name), kv=kv) as engine:
         alone = [engine.logits([p], chunk)[0][0] for p in prompts]
-        before, _ = engine.counters()
-        together, chunks = engine.logits(prompts, chunk)
-        after, _ = engine.counters()
-    assert after - before < sum(chunks), "no pass held more than one of the sequences"
-    for a, b in zip(alone, together, strict=True):
-        assert same_bits(a, b)
+        for _ in range(1000):  # on a busy machine each prompt may end before the next one comes
+            before, _ = engine.counters()
+            together, chunks = engine.logits(prompts, chunk)
+            after, _ = engine.counters()
+            for a, b in zip(alone, together, strict=True):
+                assert same_bits(a, b)
+            if after - before < sum(chunks):
+                return
+    pytest.fail("no pass held more than one of the sequences")
 
 
 def test_company_changes_no_bit_of_the_real_model(real_model: Path) -> None:

@@ -96,16 +96,17 @@ def test_threads_chunks_and_tiers_change_no_bit(
     off = np.sqrt(np.mean((expected[golden.rows] - golden.logits) ** 2, axis=1))
     off = np.median(off) if quantized else np.sqrt(np.mean(off**2))
     assert off < (0.07 if quantized else 0.002) * golden.logits.std()
-    for chunk in (7, 2, 1):
-        got = compute(path, golden.ids, chunk, threads=2)
-        assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), chunk
-    for tier in tiers():
+    best = tiers()[-1]
+    runs = [(best, 1), (best, 2), (best, 3)]
+    runs += [(tier, 1 + i % 3) for i, tier in enumerate(tiers()[:-1])]
+    for tier, threads in runs:
         monkeypatch.setenv("SMALLM_ISA", tier)
-        with smallm.load(path, threads=2) as model:
+        with smallm.load(path, threads=threads) as model:
             assert model.info.isa == tier
-            for chunk in (None, 1):
+            for chunk in (None, 7, 2, 1):
                 got = goldens.ask(model, golden.ids, chunk=chunk)
-                assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), tier
+                same = np.array_equal(got.view(np.uint32), expected.view(np.uint32))
+                assert same, (tier, threads, chunk)
 
 
 # ---- the goldens can tell ------------------------------------------------------------------------
@@ -118,6 +119,76 @@ def test_an_expectation_with_a_broken_step_fails(golden: Golden) -> None:
         least = 3 * EXACT if step in golden.spec["subtle"] else 300 * EXACT
         off = np.abs(got[-len(broken) :] - broken).max() / golden.logits.std()
         assert off > least, step
+
+
+# What a row of csrc/arch.c says, and the broken step of one of its goldens that would be the answer
+# without it.
+BROKEN = {
+    "rope": {
+        "SM_ROPE_PAIRS": "rope on halves|rope on pairs",
+        "SM_ROPE_HALVES": "rope on pairs",
+        "SM_ROPE_NONE": "no positions|no ALiBi",
+    },
+    "norm": {
+        "SM_NORM_RMS": "layer norm",
+        "SM_NORM_LAYER": "rms norm",
+        "SM_NORM_LAYER_PLAIN": "rms norm",
+    },
+    "norms": "no norm after attention",
+    "qk_norm": {
+        "SM_QK_NORM_HEAD": "(no )?norm of (q|queries)",
+        "SM_QK_NORM_HEADS": "no norm of q",
+        "SM_QK_NORM_ROW": "keys normed head by head|no norm of queries",
+    },
+    "ffn": {
+        "SM_FFN_SWIGLU": "gelu in place of silu|squared relu in place of silu",
+        "SM_FFN_SWIGLU_CLAMPED": "no limits",
+        "SM_FFN_GEGLU": "the other gelu",
+        "SM_FFN_GELU": "the other gelu",
+        "SM_FFN_GELU_ERF": "the other gelu",
+    },
+    "bias": "no biases|no attention biases",
+    "parallel": {
+        "SM_PARALLEL_KEY": "the other residual",
+        "SM_PARALLEL_SHARED": "one after the other",
+        "SM_PARALLEL_IF_SHARED": "one after the other",
+        "SM_PARALLEL_SECOND": "one after the other",
+    },
+    "router": "the other normalisation|softmax over all experts",
+    "shared_gate": "shared expert without its gate",
+    "sinks": "no sinks",
+    "sub_norms": "no norm of attention",
+    "yarn_exact": "mixing rounded to pairs",
+    "gate_in_up": "gate and up exchanged",
+    "window": "no window",
+    "window_period": "windows everywhere|windows of the other layers",
+    "unturned_period": "rope everywhere",
+    "turns_windows": "rope everywhere",
+    "local_base": "one rope for all layers",
+    "plain_windows": "windows' rope scaled|one rope for all layers",
+    "scaled_embeddings": "embeddings as they are",
+    "divided_logits": "logits as they are|no logit scale",
+    "attn_cap": "no cap of scores",
+    "logit_cap": "no cap of logits",
+    "wide_layers": "scores scaled by the head",
+}
+TENSOR_NAMES = {"ffn_norm", "output_norm"}  # fields that say what a tensor is called
+
+
+@pytest.mark.parametrize("row", architectures.rows(), ids=lambda row: row.name)
+def test_each_step_of_a_row_is_broken_in_one_of_its_goldens(row: architectures.Row) -> None:
+    of_row = [golden for golden in map(Golden, NAMES) if golden.arch == row.name]
+    broken = {step for golden in of_row for step in golden.broken}
+    fields = {k: v for k, v in row.fields.items() if k not in TENSOR_NAMES}
+    fields.setdefault("norm", "SM_NORM_RMS")  # what a row has that says nothing
+    tensors = {name for golden in of_row for name in golden.spec["tensors"]}
+    if any("gate" in name or ".w1." in name for name in tensors):
+        fields.setdefault("ffn", "SM_FFN_SWIGLU")
+    for field, value in fields.items():
+        assert field in BROKEN, f"{field}: say which broken step would be the answer without it"
+        known = BROKEN[field]
+        pattern = known if isinstance(known, str) else known[value]
+        assert any(re.fullmatch(pattern, step) for step in broken), (field, value)
 
 
 def test_each_bias_and_norm_moves_the_logits(golden: Golden, tmp_path: Path) -> None:

@@ -88,12 +88,33 @@ METADATA: list[tuple[str, Any, str]] = [
     ("llama.rope.scaling.type", 3, ""),
     *(("llama.rope.scaling.factor", tiny.f32(value), "") for value in (0.0, -2.0, NAN, INF)),
     ("llama.expert_count", 8, ""),
+    # What is 0 as a float, or turns further than positions can be told apart.
+    ("llama.attention.layer_norm_rms_epsilon", KV(Kind.FLOAT64, 1e-60), ""),
+    ("llama.attn_logit_softcapping", KV(Kind.FLOAT64, 1e-60), ""),
+    ("llama.residual_scale", KV(Kind.FLOAT64, 1e-60), ""),
+    ("llama.rope.scaling.factor", tiny.f32(1e-30), ""),
+    # One number for each layer.
+    *(
+        ("llama.attention.head_count_kv", value, "")
+        for value in ([2], [2, 2, 2], [2.0, 2.0], [2, 4])
+    ),
+    ("llama.attention.head_count_kv", KV(Kind.ARRAY, [2**63, 2**63], Kind.UINT64), ""),
+    ("llama.attention.sliding_window_pattern", [True], ""),
+    ("llama.attention.sliding_window_pattern", [1, 0], ""),
+    # Keys that nothing reads: steps that would be left out.
+    ("llama.rope.local.freq_base", tiny.f32(1e4), ""),
+    ("llama.attention.output_scale", KV(Kind.FLOAT64, -1e-60), ""),
+    ("llama.swin_norm", True, ""),
+    ("llama.embedding_length_out", 32, ""),
+    ("llama.moe.layout", "dense", "llama.moe.layout is dense"),
+    ("llama.rope.dimension_sections", [16, 24, 24], ""),
     # Sizes that disagree with the tensors or the vocabulary.
     ("llama.embedding_length", 128, r"embedding_length|token_embd\.weight"),
     ("llama.embedding_length", 62, r"embedding_length|token_embd\.weight|a head has 15"),
     ("llama.feed_forward_length", 128, r"feed_forward_length|blk\.0\.ffn_"),
     ("llama.block_count", 3, r"block_count|blk\.2\."),
     ("llama.block_count", 1, r"block_count|blk\.1\."),
+    ("llama.attention.head_count", 128, "a head has 0"),
     ("llama.attention.head_count", 5, r"head_count|blk\.0\.attn_|rope\.dimension_count"),
     ("llama.attention.head_count_kv", 1, r"head_count_kv|blk\.0\.attn_"),
     ("llama.attention.head_count_kv", 4, r"head_count_kv|blk\.0\.attn_"),
@@ -132,6 +153,42 @@ def test_metadata_is_judged_before_weights(tmp_path: Path, case: tuple[str, Any,
     message = refusal(tmp_path / "m.gguf", extra=extra, edit=poison)
     assert re.search(pattern or re.escape(key), message), message
     assert "output_norm" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "n_bytes"),
+    [("head_count_kv", Kind.INT32, 4), ("sliding_window_pattern", Kind.BOOL, 1)],
+    ids=str,
+)
+def test_an_empty_array(tmp_path: Path, key: str, kind: Kind, n_bytes: int) -> None:
+    """Which the `gguf` package does not write: cut out of one with a single value."""
+    name = f"llama.attention.{key}"
+    made = tiny.write_tiny(
+        tmp_path / "m.gguf", extra={name: KV(Kind.ARRAY, [1], kind)}, edit=poison
+    )
+    raw = made.path.read_bytes()
+    at = raw.index(name.encode()) + len(name) + 8  # behind the kinds of the value and its elements
+    assert raw[at : at + 8] == (1).to_bytes(8, "little")
+    made.path.write_bytes(raw[:at] + bytes(8) + raw[at + 8 + n_bytes :] + bytes(64))
+    with pytest.raises(smallm.CorruptModelError, match=f"{key} has 0 values"):
+        smallm.load(made.path)
+
+
+def test_keys_that_say_nothing(tmp_path: Path) -> None:
+    keys = {
+        "attention.clamp_kqv": tiny.f32(0.0),
+        "swin_norm": False,
+        "leading_dense_block_count": 0,
+        "moe.layout": "",
+        "attention.layer_norm_epsilon": tiny.f32(1e-3),
+        "use_parallel_residual": True,
+    }
+    plain = tiny.write_tiny(tmp_path / "plain.gguf")
+    made = tiny.write_tiny(
+        tmp_path / "m.gguf", extra={f"llama.{key}": value for key, value in keys.items()}
+    )
+    with smallm.load(made.path) as model, smallm.load(plain.path) as other:
+        assert np.array_equal(model.logits([1, 2, 3]), other.logits([1, 2, 3]))
 
 
 def test_a_key_that_is_there_twice(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from .._errors import CorruptModelError, ModelNotFoundError, SmallmError, UnsupportedModelError
 from ._checkpoint import Tensor, _read_header
-from ._config import Config, read_json
+from ._config import Config, judged, read_json
 from ._convert import _lookup, _need
 from ._families import FAMILIES, Array, Piece
 
@@ -35,6 +35,9 @@ HARMLESS = {
 }  # fmt: skip
 # Values of init_lora_weights that leave the base model's weights as they are.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Patterns of modules that may take very long: repeated groups, and more than two repeats.
+SLOW = re.compile(r"\)\s*[*+{]|\(\?[^:]|(?:[*+{].*){3}", re.DOTALL)
+MAX_NAME = 300  # characters of a module's name, and of a pattern
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -61,6 +64,14 @@ class Base:
             "intermediate_size": self.feed_forward,
         }
         return Config(path, values)
+
+    def may_have(self, rows: int, k: int) -> bool:
+        """Whether the sizes are near those of one of the model's matrices, one of whose sides is
+        never beyond the embedding's."""
+        widest = max(
+            8 * self.embedding, 2 * self.feed_forward, (self.heads + 2 * self.kv_heads) * self.head
+        )
+        return 0 < min(rows, k) <= self.embedding and max(rows, k) <= widest
 
 
 class Pair(NamedTuple):
@@ -99,6 +110,12 @@ class Settings:
             isinstance(v, (int, float)) and not isinstance(v, bool) for v in values.values()
         ):
             raise CorruptModelError(f"{self.config.path}: {name} is {values!r}")
+        for key in values:
+            if len(key) > MAX_NAME or SLOW.search(key):
+                raise UnsupportedModelError(
+                    f"{self.config.path}: {name} holds {key[:100]!r}; this version takes patterns "
+                    f"of up to {MAX_NAME} characters and two repeats, none of them of a group"
+                )
         return values
 
     def _of(self, pattern: str, module: str, default: float) -> float:
@@ -152,6 +169,11 @@ def convert_adapter(folder: Path, base: Base, out: Path) -> Path:
 def read_adapter(folder: Path, base: Base) -> tuple[float, dict[str, Pair]]:
     """adapter.lora.alpha and the pairs, by the names of the file's matrices; alpha 0: the scales
     stand in B."""
+    with judged(folder / "adapter_config.json"):
+        return _read_adapter(folder, base)
+
+
+def _read_adapter(folder: Path, base: Base) -> tuple[float, dict[str, Pair]]:
     settings = Settings(folder)
     path = folder / "adapter_model.safetensors"
     if not path.exists():
@@ -163,10 +185,15 @@ def read_adapter(folder: Path, base: Base) -> tuple[float, dict[str, Pair]]:
     alphas = set()
     for module, (a, b) in sorted(_pairs(_read_header(path)).items()):
         rank = settings.rank(module)
-        if a.shape[0] != rank or b.shape[1] != rank:
+        if rank < 1 or a.shape[0] != rank or b.shape[1] != rank:
             raise CorruptModelError(
                 f"{path}: {a.name} has the shape {list(a.shape)} and {b.name} {list(b.shape)}; "
                 f"{settings.config.path.name} says that the rank is {rank}"
+            )
+        if not base.may_have(b.shape[0], a.shape[1]):
+            raise CorruptModelError(
+                f"{path}: {module} is changed by [{b.shape[0]}, {a.shape[1]}] values, which does "
+                "not fit the model"
             )
         scale, alpha = settings.scale(module, rank)
         alphas.add(alpha)
@@ -188,10 +215,10 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
-        if match is None:
+        if match is None or len(name) > MAX_NAME:
             raise UnsupportedModelError(
-                f"{tensor.path}: the tensor {name} is not a lora_A or lora_B of a linear "
-                "layer, which is what this version takes"
+                f"{tensor.path}: the tensor {name[:MAX_NAME]} is not a lora_A or lora_B of a "
+                "linear layer, which is what this version takes"
             )
         if not tensor.is_float or len(tensor.shape) != 2:
             raise UnsupportedModelError(

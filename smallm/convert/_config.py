@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptModelError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CorruptModelError(f"{path}: a JSON object is wanted, not a {type(value).__name__}")

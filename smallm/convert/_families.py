@@ -152,6 +152,18 @@ def local_rope(c: Config) -> Keys:
     return {} if base == 10000.0 else {"rope.freq_base_swa": base}
 
 
+def plain_windows(c: Config) -> Keys:
+    """Rope in layers with a window: the other layers' base and no scaling, which has no key."""
+    both = c.get("rope_parameters", default={})
+    local, base = both.get("sliding_attention"), rope_parameters(c).get("rope_theta")
+    if local is not None and (local.get("rope_type"), local.get("rope_theta")) != ("default", base):
+        raise UnsupportedModelError(
+            f"{c.path}: the rope of layers with a window is {local!r}; this version takes "
+            f"rope_type default and rope_theta {base}"
+        )
+    return {}
+
+
 def multipliers(c: Config) -> Keys:
     return {
         "embedding_scale": c.number("embedding_multiplier"),
@@ -783,8 +795,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "olmo2",
-        ("Olmo2ForCausalLM",),
-        (base, ffn, rms_norm, rope),
+        ("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+        (base, ffn, rms_norm, rope, windows(4), plain_windows),
         expect=SILU,
     ),
     Family(

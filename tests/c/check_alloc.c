@@ -6,7 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "os.h"
+#include "check.h"
+#include "base.h"
 
 #ifndef SMALLM_TEST_ALLOC
 #error "needs the allocator of the test build"
@@ -15,18 +16,6 @@
 #define N_TOKENS 5
 #define ADAPTER "check_alloc.adapter.gguf" /* written where the test runs, and removed */
 #define MAX_STEPS 100000
-
-static int n_failed;
-
-#define CHECK(ok, ...)                                                                             \
-    do {                                                                                           \
-        if (!(ok)) {                                                                               \
-            n_failed++;                                                                            \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, #ok);                                        \
-            printf(__VA_ARGS__);                                                                   \
-            printf("\n");                                                                          \
-        }                                                                                          \
-    } while (0)
 
 struct answer {
     int32_t tokens[2 * N_TOKENS];
@@ -186,15 +175,7 @@ done:
 
 int main(int argc, char **argv) {
     char path[4096];
-    const char *folder = sm_env("SMALLM_TEST_MODELS");
-    if (argc > 1) {
-        snprintf(path, sizeof path, "%s", argv[1]);
-    } else if (folder) {
-        snprintf(path, sizeof path, "%s/stories260K.gguf", folder);
-    } else {
-        printf("check_alloc: skipped: needs a model: pass a GGUF path\n");
-        return 0;
-    }
+    if (!find_model(argc, argv, path, sizeof path)) return 0;
     static struct answer expected[2], got[2];
     smallm_error err = {.size = sizeof err};
     const char *what = "";

@@ -12,22 +12,11 @@
 #include <unistd.h>
 #endif
 
+#include "check.h"
 #include "os.h"
 
 #define MAX_TOKENS 512
 #define MAX_TEXT 16384
-
-static _Atomic int n_failed;
-
-#define CHECK(ok, ...)                                                                             \
-    do {                                                                                           \
-        if (!(ok)) {                                                                               \
-            n_failed++;                                                                            \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, #ok);                                        \
-            printf(__VA_ARGS__);                                                                   \
-            printf("\n");                                                                          \
-        }                                                                                          \
-    } while (0)
 
 static smallm_model *model;
 static smallm_model_info model_info;
@@ -845,15 +834,7 @@ static void check_fork(void) {
 
 int main(int argc, char **argv) {
     char path[4096];
-    const char *folder = sm_env("SMALLM_TEST_MODELS");
-    if (argc > 1) {
-        snprintf(path, sizeof path, "%s", argv[1]);
-    } else if (folder) {
-        snprintf(path, sizeof path, "%s/stories260K.gguf", folder);
-    } else {
-        printf("check_engine: skipped: needs a model: pass a GGUF path\n");
-        return 0;
-    }
+    if (!find_model(argc, argv, path, sizeof path)) return 0;
     smallm_error err = {.size = sizeof err};
     if (smallm_model_open(path, NULL, &model, &err) != SMALLM_OK) {
         printf("check_engine: %s\n", err.message);

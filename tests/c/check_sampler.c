@@ -5,19 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "check.h"
 #include "sampler.h"
-
-static int n_failed;
-
-#define CHECK(ok, ...)                                                                             \
-    do {                                                                                           \
-        if (!(ok)) {                                                                               \
-            n_failed++;                                                                            \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, #ok);                                        \
-            printf(__VA_ARGS__);                                                                   \
-            printf("\n");                                                                          \
-        }                                                                                          \
-    } while (0)
 
 #define MAX_VOCAB 512
 

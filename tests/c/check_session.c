@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "os.h"
+#include "check.h"
 #include "session.h"
 
 #define N_CTX 400
@@ -13,18 +13,6 @@
 #define N_STEPS 300
 #define N_SOURCES 2 /* of models with an encoder */
 #define N_SOURCE 270
-
-static int n_failed;
-
-#define CHECK(ok, ...)                                                                             \
-    do {                                                                                           \
-        if (!(ok)) {                                                                               \
-            n_failed++;                                                                            \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, #ok);                                        \
-            printf(__VA_ARGS__);                                                                   \
-            printf("\n");                                                                          \
-        }                                                                                          \
-    } while (0)
 
 struct text {
     int source;
@@ -149,15 +137,7 @@ static void free_texts(struct text *texts) {
 
 int main(int argc, char **argv) {
     char path[4096];
-    const char *folder = sm_env("SMALLM_TEST_MODELS");
-    if (argc > 1) {
-        snprintf(path, sizeof path, "%s", argv[1]);
-    } else if (folder) {
-        snprintf(path, sizeof path, "%s/stories260K.gguf", folder);
-    } else {
-        printf("check_session: skipped: needs a model: pass a GGUF path\n");
-        return 0;
-    }
+    if (!find_model(argc, argv, path, sizeof path)) return 0;
     struct sm_model *model = NULL;
     const smallm_model_params params = {.size = sizeof params, .n_threads = 2};
     if (sm_model_open(path, &params, &model, &err) != SMALLM_OK) {

@@ -8,12 +8,8 @@
  * A file that opens is opened once more with one of its allocations failing. */
 #include <stdlib.h>
 
+#include "check.h"
 #include "gguf.h"
-
-#define CHECK(condition)           \
-    do {                           \
-        if (!(condition)) abort(); \
-    } while (0)
 
 static uint64_t sum; /* keeps the compiler from dropping the reads */
 

@@ -19,13 +19,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "cpu.h"
+#include "check.h"
 #include "session.h"
-
-#define CHECK(condition)           \
-    do {                           \
-        if (!(condition)) abort(); \
-    } while (0)
 
 #define MAX_KEYS 96
 #define MAX_TENSORS 256

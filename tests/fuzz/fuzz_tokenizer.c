@@ -10,14 +10,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "check.h"
 #include "tokenizer.h"
 #include "tokenizer/nfc.h"
 #include "tokenizer/pretok.h"
-
-#define CHECK(condition)           \
-    do {                           \
-        if (!(condition)) abort(); \
-    } while (0)
 
 /* ---- GGUF images ----------------------------------------------------------------------------- */
 

@@ -95,6 +95,20 @@ def layer_norm(self: Any, x: Any) -> Any:
     return d / torch.sqrt((d * d).mean(-1, keepdim=True) + eps) * self.weight
 
 
+@contextmanager
+def centred_norms(model: Any) -> Iterator[None]:
+    """The model's RMS norms as layer norms: of what is left when the mean is taken away."""
+    kinds = {type(m) for m in model.modules() if type(m).__name__.endswith("RMSNorm")}
+
+    def centred(own: Any) -> Any:
+        return lambda self, x: own(self, x - x.mean(-1, keepdim=True))
+
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(patch(kind, "forward", centred(kind.forward)))
+        yield
+
+
 def rms_norm(self: Any, x: Any) -> Any:
     """In place of a layer norm's forward."""
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight + self.bias

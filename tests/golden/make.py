@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from case import Case  # first: it finds the tests' own folder
+from case import Case, centred_norms  # first: it finds the tests' own folder
 from goldens import HERE, write_folder
 from safetensors import safe_open
 
@@ -100,7 +100,11 @@ def answers(case: Case, model: Any) -> dict[str, np.ndarray]:
     right = case.answer(model, ids)
     spread = right.std()
     arrays = {"ids": ids.astype(np.int32), "rows": rows, "logits": right[rows].astype(np.float32)}
-    for step, patched in case.broken(model).items():
+    steps = case.broken(model)
+    kinds = {type(module).__name__ for module in model.modules()}
+    if case.kind == "decoder" and any(kind.endswith("RMSNorm") for kind in kinds):
+        steps.setdefault("layer norm", centred_norms(model))
+    for step, patched in steps.items():
         with patched:
             wrong = case.answer(model, ids)[-N_BROKEN:]
         off = np.abs(wrong - right[-N_BROKEN:]).max() / spread

@@ -21,6 +21,7 @@ from case import (
     values,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.granitemoe import modeling_granitemoe
 from transformers.models.granitemoeshared import modeling_granitemoeshared
 from transformers.models.olmoe import modeling_olmoe
@@ -134,7 +135,13 @@ def gptoss(model: Any) -> Steps:
         "windows of the other layers": values((config, "layer_types", config.layer_types[::-1])),
         "no magnitude": values((rotary, "attention_scaling", 1.0)),
         "mixing rounded to pairs": values((rotary, "inv_freq", truncated(config))),
+        "rope on pairs": patch(modeling_gpt_oss, "_apply_rotary_emb", turn_pairs),
     }
+
+
+def turn_pairs(x: Any, cos: Any, sin: Any) -> Any:
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
 
 def truncated(config: Any) -> Any:

@@ -115,8 +115,22 @@ def falcon(model: Any) -> Steps:
     return (
         forms((layer.mlp for layer in model.transformer.h), gelu_tanh)
         | ropes(modeling_falcon)
-        | {"rms norm": patch(*RMS[1:]), "no biases of norms": parameters(model, ".bias", 0)}
+        | {
+            "rms norm": patch(*RMS[1:]),
+            "no biases of norms": parameters(model, ".bias", 0),
+            "one after the other": patch(
+                modeling_falcon.FalconDecoderLayer, "forward", falcon_one_by_one
+            ),
+        }
     )
+
+
+def falcon_one_by_one(self: Any, x: Any, position_ids: Any = None, **options: Any) -> Any:
+    """The feed-forward reads what attention added to x."""
+    first, second = (getattr(self, n, None) or self.input_layernorm for n in NORMS)
+    out, weights = self.self_attention(first(x), **options)
+    x = x + out
+    return x + self.mlp(second(x)), weights
 
 
 def falcon_new(model: Any) -> Steps:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from case import SMALL, Case, Steps, parameters, swapped, values
+from case import SMALL, Case, Steps, parameters, patch, swapped, values
 from torch import nn
 
 
@@ -17,17 +19,18 @@ class InternLM2Config(transformers.PreTrainedConfig):
         super().__init__(**values)
 
 
-def turn(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rope on the halves of x [n][heads][head]."""
+def turn(x: torch.Tensor, theta: float, pairs: bool = False) -> torch.Tensor:
+    """Rope on the halves of x [n][heads][head], or on neighbours."""
     n, _, head = x.shape
     frequency = theta ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
     angle = torch.arange(n, dtype=torch.float64)[:, None, None] * frequency
-    a, b = x[..., : head // 2], x[..., head // 2 :]
+    a, b = (x[..., 0::2], x[..., 1::2]) if pairs else x.chunk(2, -1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -2 + pairs)
+    return turned.flatten(-2)
 
 
-class Norm(nn.Module):
+class RMSNorm(nn.Module):
     def __init__(self, c: Any) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(c.hidden_size)), c.rms_norm_eps
@@ -77,7 +80,7 @@ class Layer(nn.Module):
     def __init__(self, c: Any) -> None:
         super().__init__()
         self.attention, self.feed_forward = Attention(c), FeedForward(c)
-        self.attention_norm, self.ffn_norm = Norm(c), Norm(c)
+        self.attention_norm, self.ffn_norm = RMSNorm(c), RMSNorm(c)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -89,7 +92,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.tok_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.norm = Norm(c)
+        self.norm = RMSNorm(c)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.tok_embeddings(ids)
@@ -117,6 +120,7 @@ def broken(model: Any) -> Steps:
     attentions = [layer.attention for layer in layers]
     feeds = [layer.feed_forward for layer in layers]
     return {
+        "rope on pairs": patch(sys.modules[__name__], "turn", partial(turn, pairs=True)),
         "another rope base": values(*((a, "theta", 1e6) for a in attentions)),
         "gelu in place of silu": swapped(feeds, "act", nn.functional.gelu),
         "no norm weights": parameters(model, "attention_norm.weight", 1),

@@ -1,4 +1,4 @@
-"""OLMo 2 and EXAONE 4: norms of what a layer adds, none of what it reads."""
+"""OLMo 2 and 3 and EXAONE 4: norms of what a layer adds, none of what it reads."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from case import (
 )
 from transformers.models.exaone4 import modeling_exaone4
 from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.olmo3 import modeling_olmo3
 
 HEAD = 16
 NORMS = {r".*[qk]_norm\.weight": (1.5, 0.4)}
@@ -56,6 +57,21 @@ def olmo2(model: Any) -> Steps:
     }
 
 
+def olmo3(model: Any) -> Steps:
+    types, rotary = model.config.layer_types, model.model.rotary_emb
+    scaled, plain = (f"{kind}_attention_inv_freq" for kind in ("full", "sliding"))
+    return common(model, modeling_olmo3) | {
+        "no window": values((model.config, "sliding_window", 4096)),
+        "windows everywhere": values((model.config, "layer_types", types[:1] * len(types))),
+        "windows' rope scaled": values((rotary, plain, getattr(rotary, scaled))),
+        "windows' lengths scaled": values(
+            (rotary, "sliding_attention_attention_scaling", rotary.full_attention_attention_scaling)
+        ),
+        "no rope scaling": values((rotary, scaled, getattr(rotary, plain))),
+        "no magnitude": values((rotary, "full_attention_attention_scaling", 1.0)),
+    }
+
+
 def exaone4(model: Any) -> Steps:
     attentions = [layer.self_attn for layer in model.model.layers]
     types = model.config.layer_types
@@ -75,6 +91,29 @@ CASES = [
         ),
         transformers.Olmo2ForCausalLM,
         olmo2,
+        scales=NORMS,
+    ),
+    Case(
+        "olmo3",
+        "olmo2",
+        transformers.Olmo3Config(
+            **SMALL | {"num_hidden_layers": 4},
+            tie_word_embeddings=False,
+            sliding_window=70,
+            rope_parameters={
+                "sliding_attention": default_rope(5e3),
+                "full_attention": default_rope(5e3)
+                | {
+                    "rope_type": "yarn",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 128,
+                    "beta_fast": 2.0,
+                    "beta_slow": 0.5,
+                },
+            },
+        ),
+        transformers.Olmo3ForCausalLM,
+        olmo3,
         scales=NORMS,
     ),
     Case(

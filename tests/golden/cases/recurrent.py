@@ -15,6 +15,7 @@ from case import (
     Steps,
     causal_logits,
     default_rope,
+    gelu_tanh,
     layer_norm,
     no_rope,
     parameters,
@@ -83,7 +84,12 @@ def lfm2(model: Any) -> Steps:
         "rope on pairs": patch(modeling_lfm2, "apply_rotary_pos_emb", rope_on_pairs),
         "rope": patch(modeling_lfm2, "apply_rotary_pos_emb", no_rope),
         "layer norm": patch(modeling_lfm2.Lfm2RMSNorm, "forward", layer_norm),
+        "gelu in place of silu": patch(modeling_lfm2.Lfm2MLP, "forward", gelu_gated),
     }
+
+
+def gelu_gated(self: Any, x: Any) -> Any:
+    return self.w2(gelu_tanh(self.w1(x)) * self.w3(x))
 
 
 # ---- Mamba 2 -------------------------------------------------------------------------------------
