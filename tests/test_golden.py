@@ -127,7 +127,7 @@ BROKEN = {
     "rope": {
         "SM_ROPE_PAIRS": "rope on halves|rope on pairs",
         "SM_ROPE_HALVES": "rope on pairs",
-        "SM_ROPE_NONE": "no positions|no ALiBi",
+        "SM_ROPE_NONE": "no positions|no ALiBi|no biases by distance",
     },
     "norm": {
         "SM_NORM_RMS": "layer norm",
@@ -171,6 +171,11 @@ BROKEN = {
     "attn_cap": "no cap of scores",
     "logit_cap": "no cap of logits",
     "wide_layers": "scores scaled by the head",
+    "has_encoder": "no attention across",
+    "relu_ungated": "silu in the feed-forward",
+    "unscaled": "scaled scores",
+    "biased_distances": "no biases by distance",
+    "scaled_head": "the head's scale",
 }
 TENSOR_NAMES = {"ffn_norm", "output_norm"}  # fields that say what a tensor is called
 
