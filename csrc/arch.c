@@ -347,7 +347,8 @@ static void read_layers(struct reader *r, struct sm_hparams *h) {
 /* Keys of the architecture that may be there and say nothing, or nothing that tensors do not say. */
 static const char *const idle[] = {
     "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", /* the other norm's */
-    "expert_shared_count", "rope.scaling.finetuned", "tensor_data_layout", "use_parallel_residual",
+    "expert_shared_count", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout",
+    "use_parallel_residual",
 };
 
 static bool is_one_of(const char *const *names, size_t n, struct sm_str name) {
