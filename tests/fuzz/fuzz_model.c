@@ -28,7 +28,7 @@
 #define FILE_BYTES ((size_t)8 << 20) /* tensors that need more lie outside the file */
 #define MAX_REPAIRS 160
 #define ALIGNMENT 32
-#define N_TOKENS 24
+#define N_TOKENS 16
 #define N_LONG 270 /* of a few texts: more than a chunk of attention */
 
 /* A huge allocation that fails is an error code like any other. */
@@ -308,7 +308,7 @@ static int feed(const struct run *r, struct sm_seq *seq, int from, int to, int n
 
 static void run_model(const struct sm_model *m, uint32_t seed) {
     smallm_error err = {.size = sizeof err};
-    struct run r = {.n_batch = 20};
+    struct run r = {.n_batch = 11};
     int n = seed % 32 == 0 ? N_LONG : N_TOKENS;
     const struct sm_session_params params = {
         .n_threads = 1, .n_ctx = SM_MIN(m->h.n_ctx_train, n), .n_batch = r.n_batch,

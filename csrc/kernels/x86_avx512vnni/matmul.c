@@ -113,8 +113,8 @@ INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int3
 
 /* Prefetches bytes from .. to - 1 of what follows PREFETCH_BYTES later in panel p's stream. */
 INLINE void prefetch(const struct tile *a, int p, size_t block, size_t from, size_t to) {
-    const uint8_t *ahead = a->panel[p] + PREFETCH_BYTES + (block < a->n_within ? 0 : a->to_next);
-    for (size_t i = from; i < to; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+    uintptr_t ahead = (uintptr_t)a->panel[p] + PREFETCH_BYTES + (block < a->n_within ? 0 : a->to_next);
+    for (size_t i = from; i < to; i += 64) _mm_prefetch((const void *)(ahead + i), _MM_HINT_T0);
 }
 
 INLINE __m512i broadcast4(const int8_t *p) {
