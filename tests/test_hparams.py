@@ -85,6 +85,7 @@ METADATA: list[tuple[str, Any, str]] = [
     *(("llama.rope.freq_base", tiny.f32(value), "") for value in (0.0, -1e4, NAN, INF, 1e38)),
     *(("llama.rope.dimension_count", value, "") for value in (0, 7, 18, 2**31, -2)),
     ("llama.rope.scaling.type", "su", "rope.scaling.type.*su"),
+    ("llama.rope.scaling.type", "longrope", r"rope_factors_long\.weight is missing"),
     ("llama.rope.scaling.type", 3, ""),
     *(("llama.rope.scaling.factor", tiny.f32(value), "") for value in (0.0, -2.0, NAN, INF)),
     ("llama.expert_count", 8, ""),
