@@ -292,6 +292,16 @@ static int judge_source(const smallm_request_params *p, struct sm_engine_limits 
     return judge_ids("source", p->source, p->n_source, limits, err);
 }
 
+static int judge_embedding(const smallm_request_params *p, struct sm_engine_limits limits,
+                           smallm_error *err) {
+    if (limits.has_encoder)
+        return sm_fail(err, SMALLM_E_UNSUPPORTED,
+                       "the model is an encoder-decoder: it gives text, and no embeddings");
+    if (p->logits)
+        return sm_fail(err, SMALLM_E_ARGUMENT, "logits and embedding are both given; allowed is one");
+    return judge_range("max_tokens", p->max_tokens, 0, 0, " with an embedding", err);
+}
+
 static int judge_submit(const smallm_request_params *p, struct sm_engine_limits limits,
                         smallm_error *err) {
     if (p->n_tokens == 0)
@@ -301,6 +311,7 @@ static int judge_submit(const smallm_request_params *p, struct sm_engine_limits 
         return sm_fail(err, SMALLM_E_CONTEXT, "the prompt has %zu tokens; the context holds %d",
                        p->n_tokens, (int)limits.n_ctx);
     int rc = judge_ids("tokens", p->tokens, p->n_tokens, limits, err);
+    if (rc == SMALLM_OK && p->embedding) rc = judge_embedding(p, limits, err);
     if (rc == SMALLM_OK) rc = judge_source(p, limits, err);
     if (rc == SMALLM_OK) rc = judge_range("max_tokens", p->max_tokens, 0, INT32_MAX, "", err);
     if (rc == SMALLM_OK)

@@ -344,10 +344,21 @@ static void read_layers(struct reader *r, struct sm_hparams *h) {
     h->decoder_start = read_int(r, "decoder_start_token_id", NO_DEFAULT, 0, (1 << 24) - 1);
 }
 
+/* What an embedding is made of: the mean where the file does not say. */
+static void read_pooling(struct reader *r, struct sm_hparams *h) {
+    enum { NONE, MEAN, CLS, LAST, RANK };
+    switch (read_int(r, "pooling_type", NONE, NONE, RANK)) {
+    case CLS: h->pooling = SM_POOLING_FIRST; break;
+    case LAST: h->pooling = SM_POOLING_LAST; break;
+    case RANK: refuse(r, r->key, "4 (rank)", "0 (none), 1 (mean), 2 (first) and 3 (last)"); break;
+    default: h->pooling = SM_POOLING_MEAN;
+    }
+}
+
 /* Keys of the architecture that may be there and say nothing, or nothing that tensors do not say. */
 static const char *const idle[] = {
     "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", /* the other norm's */
-    "expert_shared_count", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout",
+    "expert_shared_count", "rope.scaling.finetuned", "tensor_data_layout",
     "use_parallel_residual",
 };
 
@@ -417,6 +428,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     read_experts(&r, h);
     read_activation(&r, h);
     read_scales(&r, h);
+    read_pooling(&r, h);
     bool causal = true, found;
     if (r.status == SMALLM_OK && arch->parallel == SM_PARALLEL_KEY) {
         h->parallel = true;

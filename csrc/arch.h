@@ -57,6 +57,9 @@ enum sm_bias_rule {
     SM_BIAS_EVERYWHERE /* and the head */
 };
 
+/* Which vectors of the last layer an embedding is made of. */
+enum sm_pooling { SM_POOLING_MEAN, SM_POOLING_FIRST, SM_POOLING_LAST };
+
 /* Over which experts' logits the router's softmax goes.  What the file says comes first. */
 enum sm_router_kind {
     SM_ROUTER_NONE,  /* the architecture has no experts */
@@ -152,6 +155,7 @@ struct sm_hparams {
     int n_ssm_head;     /* of state spaces: heads; 0: recurrent layers convolve and no more; */
     int ssm_head, ssm_state, ssm_group; /* a head's values, states of a value, groups that share b and c */
     double max_alibi;   /* of ALiBi's slopes; 0: no ALiBi */
+    enum sm_pooling pooling;
 };
 
 /* What differs from layer to layer and is no tensor. */

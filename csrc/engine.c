@@ -84,6 +84,9 @@ struct smallm_request {
     struct sm_adaptation adaptation;
     smallm_adapter *adapter; /* the same, held until the request is freed */
     float *logits;   /* the caller's [n_prompt][n_vocab], or NULL */
+    float *embedding; /* the caller's [n_embd], or NULL */
+    float *hidden;   /* [most tokens in a pass][n_embd] and */
+    double *sum;     /* [n_embd] of them, where an embedding is wanted; else NULL */
     float *row;      /* [n_vocab] the newest position's and their peaks; NULL where limit is 0 */
     struct sm_sampler *sampler;
     bool text_begun; /* some token so far was more than a control token */
@@ -115,7 +118,8 @@ struct smallm_engine {
     struct sm_session *session;
     struct sm_thread *thread;
     struct sm_lock *lock;
-    int32_t n_vocab;
+    int32_t n_vocab, n_embd;
+    enum sm_pooling pooling;
     struct sm_session_params params;
     atomic_bool closing;
     atomic_bool abort; /* ends the running pass: something in it was cancelled */
@@ -341,7 +345,7 @@ static void end(smallm_engine *e, smallm_request *r, int32_t finish,
                 const struct sm_sampled *sampled, size_t n_text, int code,
                 const smallm_error *err) {
     take_out(&e->active, r);
-    if (r->seq && code == SMALLM_OK && sm_seq_length(r->seq) > 0) keep(e, r);
+    if (r->seq && code == SMALLM_OK && !r->embedding && sm_seq_length(r->seq) > 0) keep(e, r);
     else sm_seq_free(e->session, r->seq);
     free_source(e, &r->source);
     r->seq = NULL;
@@ -349,6 +353,10 @@ static void end(smallm_engine *e, smallm_request *r, int32_t finish,
     r->tokens = NULL;
     sm_free(r->row);
     r->row = NULL;
+    sm_free(r->hidden);
+    r->hidden = NULL;
+    sm_free(r->sum);
+    r->sum = NULL;
     sm_sampler_free(r->sampler);
     r->sampler = NULL;
 
@@ -454,6 +462,28 @@ static void next_token(smallm_engine *e, smallm_request *r, float *logits) {
     memmove(r->pending, r->pending + n, r->n_pending);
 }
 
+/* ---- embeddings ------------------------------------------------------------------------------ */
+
+/* Pools the hidden states of a pass, the text's positions first .. first + n - 1. */
+static void pool(const smallm_engine *e, smallm_request *r, int first, int n) {
+    const size_t n_embd = (size_t)e->n_embd;
+    const float *last = r->hidden + (size_t)(n - 1) * n_embd;
+    switch (e->pooling) {
+    case SM_POOLING_MEAN:
+        for (int t = 0; t < n; t++)
+            for (size_t i = 0; i < n_embd; i++) r->sum[i] += (double)r->hidden[(size_t)t * n_embd + i];
+        if (first + n < r->n_prompt) return;
+        for (size_t i = 0; i < n_embd; i++) r->embedding[i] = (float)(r->sum[i] / r->n_prompt);
+        return;
+    case SM_POOLING_FIRST:
+        if (first == 0) memcpy(r->embedding, r->hidden, n_embd * sizeof(float));
+        return;
+    case SM_POOLING_LAST:
+        if (first + n == r->n_prompt) memcpy(r->embedding, last, n_embd * sizeof(float));
+        return;
+    }
+}
+
 /* ---- one pass -------------------------------------------------------------------------------- */
 
 /* Gives a request its sequences: forks of `from`, which has n tokens in common with it, and of its
@@ -477,7 +507,7 @@ static int begin(smallm_engine *e, smallm_request *r, const struct source *sourc
  * it; where there is an encoder, among those with the same source, which is shared, too.  The
  * prompt's last token always runs: its logits are wanted. */
 static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
-    int32_t n_most = r->logits ? 0 : r->n_prompt - 1;
+    int32_t n_most = r->logits || r->embedding ? 0 : r->n_prompt - 1;
     for (;;) {
         const struct source *source = NULL;
         const struct sm_seq *from = NULL;
@@ -536,7 +566,10 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     *s = (struct sm_span){.seq = r->seq, .source = r->source.seq, .tokens = r->tokens + done, .n = n,
                           .adaptation = r->adaptation};
     if (last && r->row) s->peaks = r->row + e->n_vocab;
-    if (r->logits && !decode) {
+    if (r->embedding) {
+        s->want = SM_WANT_HIDDEN;
+        s->logits = r->hidden;
+    } else if (r->logits && !decode) {
         s->want = SM_WANT_ALL;
         s->logits = r->logits + (size_t)done * (size_t)e->n_vocab;
     } else if (last && r->row) {
@@ -637,6 +670,7 @@ static void advance(smallm_engine *e, const struct sm_span *spans, smallm_reques
             r->n_chunks++;
             if (done == r->n_prompt) r->t_prompt = sm_clock_ns();
             sm_lock_leave(r->lock);
+            if (r->embedding) pool(e, r, done - spans[i].n, spans[i].n);
             if (done < r->n_prompt) continue;
             if (r->limit == 0) {
                 end_flush(e, r, SMALLM_FINISH_LENGTH, NULL);
@@ -737,6 +771,8 @@ int sm_engine_open(const struct sm_model *model, const smallm_engine_params *par
     e->model = model;
     e->tokenizer = sm_model_tokenizer(model);
     e->n_vocab = sm_tokenizer_n_vocab(e->tokenizer);
+    e->n_embd = model->h.n_embd;
+    e->pooling = model->h.pooling;
     e->params = (struct sm_session_params){.n_threads = params->n_threads,
                                            .n_ctx = params->n_ctx,
                                            .n_batch = params->n_batch,
@@ -821,6 +857,8 @@ static void request_delete(smallm_request *r) {
     sm_free(r->source.tokens);
     sm_free(r->tokens);
     sm_free(r->row);
+    sm_free(r->hidden);
+    sm_free(r->sum);
     sm_sampler_free(r->sampler);
     sm_adapter_drop(r->adapter);
     sm_free(r->stops);
@@ -866,6 +904,7 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     sm_adapter_hold(r->adapter);
     if (r->adapter != NULL)
         r->adaptation = (struct sm_adaptation){r->adapter, p->adapter_scale != 0 ? p->adapter_scale : 1};
+    r->embedding = p->embedding;
 
     rc = sm_sampler_new(&p->sampling, e->n_vocab, e->params.n_ctx, &r->sampler, err);
     if (rc != SMALLM_OK) goto fail;
@@ -882,6 +921,12 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
         size_t n = (size_t)e->n_vocab;
         r->row = sm_alloc((n + sm_n_peaks(n)) * sizeof *r->row);
         if (!r->row) goto fail_memory;
+    }
+    if (r->embedding) {
+        size_t n_pass = (size_t)SM_MIN(r->n_prompt, r->n_chunk), n_embd = (size_t)e->n_embd;
+        r->hidden = sm_alloc(n_pass * n_embd * sizeof *r->hidden);
+        r->sum = sm_calloc(n_embd, sizeof *r->sum);
+        if (!r->hidden || !r->sum) goto fail_memory;
     }
     if (p->n_stop > 0 && !copy_stops(r, p)) goto fail_memory;
     memcpy(r->tokens, p->tokens, p->n_tokens * sizeof *r->tokens);

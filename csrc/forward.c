@@ -4,6 +4,8 @@
  * Shapes: n tokens; x, y [n][n_embd]; q [n][n_head * head]; k, v [n][n_head_kv * head]; h [n][n_ff]. */
 #include "forward.h"
 
+#include <math.h>
+
 #include "mathx.h"
 
 #define TOKENS_PER_ITEM 8
@@ -198,6 +200,23 @@ static void encode(const struct sm_pass *p) {
     }
 }
 
+/* state_t = norm(x_t) */
+static void hand_states(void *context, size_t item, void *scratch, float *local) {
+    const struct sm_pass *p = context;
+    const struct sm_model *m = p->model;
+    size_t n_embd = (size_t)m->h.n_embd;
+    size_t end = SM_MIN((item + 1) * TOKENS_PER_ITEM, p->batch->n_hidden);
+    (void)scratch;
+    (void)local;
+    for (size_t i = item * TOKENS_PER_ITEM; i < end; i++) {
+        const float *x = p->buffers->x + p->batch->hidden[i] * n_embd;
+        float *state = p->batch->states[i];
+        sm_model_norm(m, state, x, m->output_norm, m->output_norm_b, n_embd);
+        for (size_t d = 0; d < n_embd; d++)
+            if (!isfinite(state[d])) sm_ops_fail(p->ops, SMALLM_E_NUMERIC);
+    }
+}
+
 void sm_forward(const struct sm_pass *p) {
     const struct sm_model *m = p->model;
     const struct sm_batch *batch = p->batch;
@@ -209,6 +228,9 @@ void sm_forward(const struct sm_pass *p) {
         return;
     }
     for (int i = 0; i < m->h.n_layer; i++) run_layer(p, i);
+    if (batch->n_hidden > 0)
+        sm_ops_each(p->ops, SM_TIMER_FINISH, (batch->n_hidden + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
+                    hand_states, (void *)p);
 
     /* logits = softcap(scale (W_head norm(x) + b_head)), of the wanted tokens only */
     if (batch->n_wanted == 0 || sm_ops_status(p->ops) != SMALLM_OK) return;

@@ -40,6 +40,9 @@ struct sm_batch {
     float *const *peaks;        /* [n_wanted] and to their peaks, NULL: not wanted */
     const uint32_t *const *allowed; /* [n_wanted] tokens whose logits count (ops.h), NULL: all */
     size_t n_wanted;
+    const size_t *hidden;       /* [n_hidden] tokens whose last hidden states are asked for */
+    float *const *states;       /* [n_hidden] pointers to [n_embd] */
+    size_t n_hidden;
 };
 
 #define SM_ALONE_MAX 32

@@ -28,6 +28,8 @@ struct sm_session {
     size_t *wanted;
     float **logits, **peaks;
     const uint32_t **allowed;
+    size_t *hidden;
+    float **states;
 };
 
 static int allocate(struct sm_session *s, smallm_error *err) {
@@ -69,10 +71,13 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     s->logits = sm_calloc(n, sizeof s->logits[0]);
     s->peaks = sm_calloc(n, sizeof s->peaks[0]);
     s->allowed = sm_calloc(n, sizeof s->allowed[0]);
+    s->hidden = sm_calloc(n, sizeof s->hidden[0]);
+    s->states = sm_calloc(n, sizeof s->states[0]);
     if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->ends == NULL ||
         s->seqs == NULL || s->sources == NULL ||
         s->blocks == NULL || s->runs == NULL || s->wanted == NULL || s->logits == NULL ||
-        s->peaks == NULL || s->allowed == NULL || s->adaptations == NULL)
+        s->peaks == NULL || s->allowed == NULL || s->adaptations == NULL || s->hidden == NULL ||
+        s->states == NULL)
         return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
     s->buffers.freqs = sm_model_rope_freqs(s->model, s->params.n_ctx);
     float *at = s->floats;
@@ -137,6 +142,8 @@ void sm_session_free(struct sm_session *s) {
     sm_free(s->logits);
     sm_free(s->peaks);
     sm_free(s->allowed);
+    sm_free(s->hidden);
+    sm_free(s->states);
     sm_free(s);
 }
 
@@ -255,7 +262,8 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
     size_t block_tokens = SM_MAX(SM_ATTEND_MAX / group, 1);
     *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .ends = s->ends, .seqs = s->seqs,
                                .blocks = s->blocks, .runs = s->runs, .wanted = s->wanted, .logits = s->logits,
-                               .peaks = s->peaks, .allowed = s->allowed, .alone = true};
+                               .peaks = s->peaks, .allowed = s->allowed, .hidden = s->hidden,
+                               .states = s->states, .alone = true};
     for (int i = 0; i < n_spans; i++) {
         const struct sm_span *span = &spans[i];
         size_t n = (size_t)span->n;
@@ -269,6 +277,10 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
             s->seqs[at] = span->seq;
             s->sources[at] = span->source;
             s->adaptations[at] = span->adaptation;
+            if (span->want == SM_WANT_HIDDEN) {
+                s->hidden[batch->n_hidden] = at;
+                s->states[batch->n_hidden++] = span->logits + t * (size_t)h->n_embd;
+            }
             if (span->want == SM_WANT_ALL || (span->want == SM_WANT_LAST && t + 1 == n)) {
                 size_t row = span->want == SM_WANT_ALL ? t : 0;
                 s->wanted[batch->n_wanted] = at;

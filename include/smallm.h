@@ -257,10 +257,15 @@ typedef struct smallm_request_params {
      * decoder_start first.  Other models have none. */
     const int32_t *source;
     size_t n_source;
+    float *embedding;        /* NULL, or [n_embd]: filled with one vector for all tokens, pooled from the
+                                last layer's as the model says (mean where it does not), of any length.
+                                The caller keeps it alive as with logits, with which it does not go;
+                                max_tokens is 0 */
 } smallm_request_params;
 
-/* Everything in `params` but `logits` is copied, and the adapter is held.  *out is the caller's, to be
- * freed with smallm_request_free.  SMALLM_E_CONTEXT: the prompt alone exceeds n_ctx. */
+/* Everything in `params` but `logits` and `embedding` is copied, and the adapter is held.  *out is
+ * the caller's, to be freed with smallm_request_free.  SMALLM_E_CONTEXT: the prompt alone exceeds
+ * n_ctx. */
 int smallm_engine_submit(smallm_engine *engine, const smallm_request_params *params,
                          smallm_request **out, smallm_error *err);
 

@@ -375,12 +375,14 @@ def submit(
     n_chunk: int = 0,
     adapted: Adaptation | None = None,
     source: Sequence[int] | None = None,
+    embedding: CData = None,
 ) -> CData:
     """Submits `ids` and returns a `smallm_request **` that owns the request.
 
     `source` is what the model's encoder reads, where it has one.  `engine` is asked for the
     engine's box at the last moment.  Without `options` only the prompt is run, with `adapted`.
-    `logits` is a writable [n_ids][n_vocab] buffer, kept alive as long as the request.
+    `logits` is a writable [n_ids][n_vocab] buffer, `embedding` one of [n_embd]; both are kept alive
+    as long as the request.
     """
     params, error = new("request_params"), new("error")
     sampling = params.sampling
@@ -394,6 +396,8 @@ def submit(
     params.n_logprobs = -1
     if logits is not None:
         params.logits = logits
+    if embedding is not None:
+        params.embedding = embedding
     if options is not None:
         adapted = options.adaptation
         params.max_tokens = options.max_tokens
@@ -426,8 +430,8 @@ def submit(
         params.adapter, params.adapter_scale = adapted.box[0], adapted.scale
 
     # The box owns the request from the moment C writes it, whatever is raised in between; the
-    # destructor holds `logits`, so that no buffer dies before the request that fills it.
-    def free(box: CData, logits: CData = logits) -> None:
+    # destructor holds the buffers, so that none dies before the request that fills it.
+    def free(box: CData, buffers: tuple[CData, CData] = (logits, embedding)) -> None:
         lib.smallm_request_free(box[0])
 
     box = ffi.gc(ffi.new("smallm_request **"), free)

@@ -387,6 +387,70 @@ class Model:
         finish([stream])
         return out
 
+    def embed(
+        self,
+        texts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        normalize: bool = True,
+        adapter: str | None = None,
+        adapter_scale: float = 1.0,
+    ) -> npt.NDArray[np.float32]:
+        """One vector per text, whose directions tell how near texts are: float32 [n_texts, n_embd].
+
+        texts: a str, which is one text, or a list of str or of lists of token ids; run as a batch.
+        normalize: vectors have length 1 (one that is all zero stays so), so that dot products are
+        cosines.  What is pooled, all positions or one, is the model's to say (mean where it does
+        not); a model that is no encoder gives its last layer's.
+        adapter, adapter_scale: see smallm.Params.
+        ContextOverflowError: a text is longer than the context.
+        """
+        import numpy as np
+
+        self._live()
+        adapted = adaptation(adapter, adapter_scale, self._adapters)
+        if isinstance(texts, str):
+            texts = [texts]
+        if not isinstance(texts, (list, tuple)):
+            raise TypeError(
+                "texts must be a str, a list of str or a list of lists of token ids, "
+                f"not {type(texts).__name__}"
+            )
+        prompts = [self._embedded(f"texts[{i}]", item) for i, item in enumerate(texts)]
+        out = np.empty((len(prompts), self._info.n_embd), np.float32)
+        streams: list[Stream] = []
+        try:
+            for ids, row in zip(prompts, out, strict=True):
+                buffer = ffi.from_buffer("float[]", row, require_writable=True)
+                box = submit(
+                    lambda: self._live().engine, ids, None, adapted=adapted, embedding=buffer
+                )
+                streams.append(Stream(self, box, 0, -1))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        finish(streams)
+        if normalize:
+            length = np.sqrt((out.astype(np.float64) ** 2).sum(1, keepdims=True))
+            out = (out / np.where(length == 0, 1, length)).astype(np.float32)
+        return out
+
+    def _embedded(self, name: str, item: object) -> list[int]:
+        if isinstance(item, str):
+            utf8(name, item)
+            ids = self.tokenize(item)
+        else:
+            ids = token_ids(name, item, self._vocabulary)
+        if not ids:
+            raise ValueError(f"{name} has no tokens: give at least one")
+        if len(ids) > self._ctx:
+            raise ContextOverflowError(
+                f"{name} has {len(ids)} tokens; the context holds {self._ctx}: shorten it",
+                len(ids),
+                self._ctx,
+            )
+        return ids
+
     # ---- generating ----
 
     @overload

@@ -452,6 +452,42 @@ def merge(base: str, adapter: str, out: str, scale: float, as_json: bool) -> Non
 
 
 @cli.command()
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
+@click.option("--raw", is_flag=True, help="Leave the vectors' lengths as they are.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of lists.")
+@model_options
+def embed(
+    texts: tuple[str, ...],
+    raw: bool,
+    as_json: bool,
+    model: str,
+    ctx_size: int | None,
+    threads: int | None,
+    offline: bool,
+    lora: str | None,
+    lora_scaled: str | None,
+) -> None:
+    """Turn texts into vectors: each TEXT, or each line of stdin.  One vector a line.
+
+    \b
+    smallm embed -m minilm.gguf "a text" "another"
+    smallm embed -m minilm.gguf --json < lines.txt
+    """
+    if not texts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise click.UsageError('no texts: smallm embed "a text" "another"')
+        texts = tuple(_read_stdin().splitlines())
+    adapter, options = adaptation(lora, lora_scaled)
+    with load(model, ctx_size, threads, offline, adapter) as loaded:
+        vectors = loaded.embed(texts, normalize=not raw, **options).tolist()
+    if as_json:
+        click.echo(json.dumps(vectors))
+        return
+    for vector in vectors:
+        click.echo(" ".join(f"{value:.9g}" for value in vector))
+
+
+@cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that completes smallm's words in a shell.

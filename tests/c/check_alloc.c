@@ -69,9 +69,10 @@ static bool write_adapter(const char *path, size_t rows, size_t k) {
     return fclose(f) == 0;
 }
 
+/* adapter, logits, embedding: may be NULL; with an embedding there is no answer. */
 static int generate(const smallm_model *model, smallm_engine *engine, smallm_adapter *adapter,
-                    const int32_t *tokens, size_t n_tokens, float *logits, struct answer *out,
-                    smallm_error *err) {
+                    const int32_t *tokens, size_t n_tokens, float *logits, float *embedding,
+                    struct answer *out, smallm_error *err) {
     const char *stop[] = {"no text has this", "\xF0\x9F\xA6\x99\xF0\x9F\xA6\x99"};
     const size_t stop_len[] = {16, 8};
     const int32_t bias_ids[] = {3};
@@ -84,7 +85,7 @@ static int generate(const smallm_model *model, smallm_engine *engine, smallm_ada
                                .n_source = beside ? n_tokens : 0,
                                .tokens = beside ? &info.decoder_start : tokens,
                                .n_tokens = beside ? 1 : n_tokens,
-                               .max_tokens = N_TOKENS,
+                               .max_tokens = embedding ? 0 : N_TOKENS,
                                .n_logprobs = 3,
                                .sampling = {.size = sizeof p.sampling,
                                             .temperature = 0.7f,
@@ -100,6 +101,7 @@ static int generate(const smallm_model *model, smallm_engine *engine, smallm_ada
                                .stop_len = stop_len,
                                .n_stop = 2,
                                .logits = logits,
+                               .embedding = embedding,
                                .adapter = adapter};
     smallm_request *request = NULL;
     smallm_chunk chunk = {.size = sizeof chunk};
@@ -124,11 +126,11 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
     smallm_model *model = NULL;
     smallm_engine *engine = NULL;
     smallm_adapter *adapter = NULL;
-    float *logits = NULL;
+    float *logits = NULL, *embedding = NULL;
     int32_t ids[64];
     size_t n_ids = 0, n_text = 0;
     char back[256];
-    struct answer first;
+    struct answer first, none;
     smallm_model_params mp = {.size = sizeof mp, .n_threads = 2};
     smallm_engine_params ep = {.size = sizeof ep, .n_threads = 2, .n_batch = 32};
 
@@ -150,19 +152,25 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
     smallm_model_info info = {.size = sizeof info};
     smallm_model_get_info(model, &info, NULL);
     logits = malloc(n_ids * (size_t)info.n_vocab * sizeof *logits);
-    rc = generate(model, engine, NULL, ids, n_ids, logits, &first, err);
+    rc = generate(model, engine, NULL, ids, n_ids, logits, NULL, &first, err);
     if (rc != SMALLM_OK) goto done;
     *what = "generate from the cache";
-    rc = generate(model, engine, NULL, ids, n_ids, NULL, &out[0], err);
+    rc = generate(model, engine, NULL, ids, n_ids, NULL, NULL, &out[0], err);
     if (rc != SMALLM_OK) goto done;
     CHECK(memcmp(&first, &out[0], sizeof first) == 0, "cached and fresh answers differ");
     out[1] = out[0];
+    if (info.decoder_start < 0) { /* beside an encoder there is no embedding */
+        *what = "embed";
+        embedding = malloc((size_t)info.n_embd * sizeof *embedding);
+        rc = generate(model, engine, NULL, ids, n_ids, NULL, embedding, &none, err);
+        if (rc != SMALLM_OK) goto done;
+    }
     if (strcmp(info.architecture, "llama") != 0) goto done; /* the adapter's */
     *what = "smallm_adapter_open";
     rc = smallm_adapter_open(model, ADAPTER, NULL, &adapter, err);
     if (rc != SMALLM_OK) goto done;
     *what = "generate with an adapter";
-    rc = generate(model, engine, adapter, ids, n_ids, NULL, &out[1], err);
+    rc = generate(model, engine, adapter, ids, n_ids, NULL, NULL, &out[1], err);
     if (rc != SMALLM_OK) goto done;
     CHECK(memcmp(&first, &out[1], sizeof first) != 0, "the adapter changed nothing");
 done:
@@ -170,6 +178,7 @@ done:
     smallm_engine_close(engine);
     smallm_model_free(model);
     free(logits);
+    free(embedding);
     return rc;
 }
 
