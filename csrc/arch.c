@@ -66,8 +66,8 @@ static const struct sm_arch archs[] = {
      .output_norm = "token_embd_norm.weight"},
     {.name = "mamba2", .models = "Mamba 2, Codestral Mamba"},
     {.name = "t5", .models = "T5, T5 v1.1, Flan-T5", .has_encoder = true, .rope = SM_ROPE_NONE,
-     .ffn = SM_FFN_GEGLU, .relu_ungated = true, .unscaled = true, .biased_distances = true, .scaled_head = true,
-     .output_norm = "dec.output_norm.weight"},
+     .ffn = SM_FFN_GEGLU, .relu_ungated = true, .unscaled = true, .biased_distances = true,
+     .scaled_head = true, .output_norm = "dec.output_norm.weight"},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {

@@ -315,7 +315,8 @@ static int bind_all(struct loader *l, float **rope_factors) {
     status = bind_vector(l, "output_norm.bias", IF(arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
     if (status != SMALLM_OK) return status;
-    status = bind_rows(l, "position_embd.weight", IF(arch->rope == SM_ROPE_NONE && m->h.max_alibi == 0 && m->h.n_buckets == 0), (size_t)m->h.n_ctx_train, n_embd, &m->positions);
+    bool learned = arch->rope == SM_ROPE_NONE && m->h.max_alibi == 0 && m->h.n_buckets == 0;
+    status = bind_rows(l, "position_embd.weight", IF(learned), (size_t)m->h.n_ctx_train, n_embd, &m->positions);
     if (status != SMALLM_OK) return status;
     status = bind_vector(l, "enc.output_norm.weight", IF(arch->has_encoder), n_embd, &m->encoder_norm);
     if (status != SMALLM_OK) return status;
