@@ -286,6 +286,7 @@ struct run {
     size_t n_vocab;
     int32_t tokens[N_LONG];
     int n_batch;
+    struct sm_seq *source; /* of models with an encoder, else NULL */
 };
 
 /* Tokens from .. to - 1 of the text, n_at_once in a pass; the last one's logits. */
@@ -295,7 +296,10 @@ static int feed(const struct run *r, struct sm_seq *seq, int from, int to, int n
         n = SM_MIN(n_at_once, to - at);
         CHECK(sm_seq_length(seq) == at);
         const struct sm_span span = {.seq = seq, .tokens = r->tokens + at, .n = n, .logits = logits,
-                                     .want = at + n == to ? SM_WANT_LAST : SM_WANT_NONE};
+                                     .encodes = seq == r->source,
+                                     .source = seq == r->source ? NULL : r->source,
+                                     .want = at + n == to && seq != r->source ? SM_WANT_LAST
+                                                                               : SM_WANT_NONE};
         int status = sm_session_run(r->session, &span, 1, NULL, &err);
         CHECK(sm_seq_length(seq) == (status == SMALLM_OK ? at + n : at));
         if (status == SMALLM_OK) continue;
@@ -328,8 +332,13 @@ static void run_model(const struct sm_model *m, uint32_t seed) {
         logits[i] = calloc(r.n_vocab, sizeof(float));
         CHECK(logits[i] != NULL && sm_seq_new(r.session, &seqs[i], &err) == SMALLM_OK);
     }
-    status = feed(&r, seqs[0], 0, n, r.n_batch, logits[0]);
-    int again = feed(&r, seqs[1], 0, n, 1, logits[1]);
+    if (m->h.n_encoder > 0) {
+        CHECK(sm_seq_new(r.session, &r.source, &err) == SMALLM_OK);
+        status = feed(&r, r.source, 0, SM_MIN(n, r.n_batch), r.n_batch, NULL);
+    }
+    bool encoded = status == SMALLM_OK;
+    if (encoded) status = feed(&r, seqs[0], 0, n, r.n_batch, logits[0]);
+    int again = encoded ? feed(&r, seqs[1], 0, n, 1, logits[1]) : status;
     if (status == SMALLM_OK || status == SMALLM_E_NUMERIC) CHECK(again == status);
     if (status == SMALLM_OK && again == status) {
         CHECK(memcmp(logits[0], logits[1], r.n_vocab * sizeof(float)) == 0);
@@ -343,7 +352,8 @@ static void run_model(const struct sm_model *m, uint32_t seed) {
             CHECK(length <= n / 2);
             status = feed(&r, both[i], length, n - 1, 7, logits[1]);
             spans[i] = (struct sm_span){.seq = both[i], .tokens = r.tokens + n - 1, .n = 1,
-                                        .logits = logits[i], .want = SM_WANT_LAST};
+                                        .logits = logits[i], .want = SM_WANT_LAST,
+                                        .source = r.source};
         }
         if (status == SMALLM_OK) status = sm_session_run(r.session, spans, 2, NULL, &err);
         CHECK(status == SMALLM_OK || status == SMALLM_E_BUDGET || status == SMALLM_E_MEMORY);
@@ -354,6 +364,7 @@ static void run_model(const struct sm_model *m, uint32_t seed) {
         sm_seq_free(r.session, seqs[i]);
         free(logits[i]);
     }
+    sm_seq_free(r.session, r.source);
     sm_session_free(r.session);
 }
 
