@@ -204,7 +204,8 @@ int smallm_engine_open(const smallm_model *model, const smallm_engine_params *pa
     if (timers != NULL && strcmp(timers, "1") == 0) p.timers = 1;
     if (p.n_ctx == 0) p.n_ctx = info.n_ctx_train;
     /* An encoder's text is run as a whole. */
-    if (p.n_batch == 0) p.n_batch = info.decoder_start < 0 ? 512 : SM_MIN(SM_MAX(p.n_ctx, 512), 2048);
+    bool encodes = info.decoder_start >= 0 || model->model->arch->is_encoder;
+    if (p.n_batch == 0) p.n_batch = !encodes ? 512 : SM_MIN(SM_MAX(p.n_ctx, 512), 2048);
     return sm_engine_open(model->model, &p, out, err);
 }
 
@@ -292,6 +293,20 @@ static int judge_source(const smallm_request_params *p, struct sm_engine_limits 
     return judge_ids("source", p->source, p->n_source, limits, err);
 }
 
+/* An encoder sees a text as a whole, and gives nothing but an embedding. */
+static int judge_encoded(const smallm_request_params *p, struct sm_engine_limits limits,
+                         smallm_error *err) {
+    int32_t room = p->n_chunk > 0 ? p->n_chunk : limits.n_batch;
+    if (!p->embedding)
+        return sm_fail(err, SMALLM_E_UNSUPPORTED,
+                       "the model is an encoder: it gives embeddings, no text and no logits");
+    if (p->n_tokens > (size_t)room)
+        return sm_fail(err, SMALLM_E_CONTEXT,
+                       "the text has %zu tokens; n_batch, which an encoder runs it in, holds %d",
+                       p->n_tokens, (int)room);
+    return SMALLM_OK;
+}
+
 static int judge_embedding(const smallm_request_params *p, struct sm_engine_limits limits,
                            smallm_error *err) {
     if (limits.has_encoder)
@@ -318,6 +333,7 @@ static int judge_submit(const smallm_request_params *p, struct sm_engine_limits 
         rc = judge_range("n_logprobs", p->n_logprobs, -1, MAX_LOGPROBS, " (-1: none)", err);
     if (rc == SMALLM_OK)
         rc = judge_range("n_chunk", p->n_chunk, 0, limits.n_batch, " (n_batch)", err);
+    if (rc == SMALLM_OK && limits.is_encoder) rc = judge_encoded(p, limits, err);
     if (rc == SMALLM_OK) rc = judge_adaptation(p, limits.model, err);
     return rc == SMALLM_OK ? judge_stops(p, err) : rc;
 }

@@ -68,6 +68,10 @@ static const struct sm_arch archs[] = {
     {.name = "t5", .models = "T5, T5 v1.1, Flan-T5", .has_encoder = true, .rope = SM_ROPE_NONE,
      .ffn = SM_FFN_GEGLU, .relu_ungated = true, .unscaled = true, .biased_distances = true,
      .scaled_head = true, .output_norm = "dec.output_norm.weight"},
+    {.name = "bert", .models = "BERT, MiniLM, bge, e5", .is_encoder = true, .rope = SM_ROPE_NONE,
+     .norm = SM_NORM_LAYER, .norms = SM_NORMS_OF_SUM, .ffn = SM_FFN_GELU_ERF, .bias = SM_BIAS_LAYERS},
+    {.name = "nomic-bert", .models = "nomic-embed-text v1 and v1.5", .is_encoder = true,
+     .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER, .norms = SM_NORMS_OF_SUM},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -429,14 +433,20 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     read_activation(&r, h);
     read_scales(&r, h);
     read_pooling(&r, h);
-    bool causal = true, found;
+    bool causal = !arch->is_encoder, found;
     if (r.status == SMALLM_OK && arch->parallel == SM_PARALLEL_KEY) {
         h->parallel = true;
         r.status = sm_gguf_get_bool(g, full_key(&r, "use_parallel_residual"), &h->parallel, &found, err);
     }
     if (r.status == SMALLM_OK)
         r.status = sm_gguf_get_bool(g, full_key(&r, "attention.causal"), &causal, &found, err);
-    if (r.status == SMALLM_OK && !causal) refuse(&r, r.key, "false", "causal models");
+    if (r.status == SMALLM_OK && causal == arch->is_encoder)
+        refuse(&r, r.key, causal ? "true" : "false",
+               arch->is_encoder ? "this architecture with false" : "causal models");
+    if (arch->is_encoder && h->window > 0)
+        refuse(&r, full_key(&r, "attention.sliding_window"), "not 0", "encoders without windows");
+    if (arch->is_encoder && h->n_state_layer > 0)
+        refuse(&r, full_key(&r, "attention.head_count_kv"), "0 in a layer", "encoders that attend");
     judge_rest(&r);
     if (r.status != SMALLM_OK) return r.status;
 

@@ -20,7 +20,12 @@ enum sm_norm_kind {
 };
 
 /* Where attention and feed-forward have norms: of what they read, of what they add to x, or both. */
-enum sm_norm_place { SM_NORMS_BEFORE, SM_NORMS_AFTER, SM_NORMS_AROUND };
+enum sm_norm_place {
+    SM_NORMS_BEFORE,
+    SM_NORMS_AFTER,
+    SM_NORMS_AROUND,
+    SM_NORMS_OF_SUM /* x itself is normed once they have added to it, and after the embeddings */
+};
 
 /* Norms of q and k before rope, of the model's kind without a bias. */
 enum sm_qk_norm {
@@ -77,6 +82,7 @@ enum sm_mixer {
 struct sm_arch {
     const char *name;   /* general.architecture, and the prefix of its keys */
     const char *models; /* published ones that have it, for people */
+    bool is_encoder; /* every token sees all of its text; no head, no logits */
     /* A decoder whose layers attend to what an encoder made of another text, too. */
     bool has_encoder;
     enum sm_rope_style rope;

@@ -618,14 +618,17 @@ static void build(smallm_engine *e) {
     }
     int32_t room = SM_MIN(n_batch - decode_room, e->prefill_cap);
     if (n_decode > 0) room = SM_MIN(room, MIXED_PREFILL);
+    bool whole = e->model->arch->is_encoder; /* an encoder's texts, the first of which always fits */
+    if (whole) room = n_batch;
     int32_t share = n_prompts > 0 ? SM_MAX(room / n_prompts, 1) : 0;
     for (int round = 0; round < 2; round++) {
         for (r = e->active.first; r && room > 0; r = r->next) {
             if (decodes(r) || !is_encoded(&r->source)) continue;
             int32_t most = SM_MIN(r->n_prompt - (int32_t)sm_seq_length(r->seq), r->n_chunk);
             int32_t n = SM_MIN(SM_MIN(most - r->n_take, room), round == 0 ? share : room);
+            if (whole) n = most - r->n_take <= room ? most - r->n_take : 0;
             r->n_take += n;
-            room -= n;
+            room = whole && n > 0 && e->prefill_cap < n_batch ? 0 : room - n; /* one where many cancel */
         }
     }
     e->n_spans = 0;
@@ -824,7 +827,7 @@ void sm_engine_close(smallm_engine *e) {
 
 struct sm_engine_limits sm_engine_get_limits(const smallm_engine *e) {
     return (struct sm_engine_limits){e->model, e->n_vocab, e->params.n_ctx, e->params.n_batch,
-                                     e->model->h.n_encoder > 0};
+                                     e->model->h.n_encoder > 0, e->model->arch->is_encoder};
 }
 
 void sm_engine_get_info(smallm_engine *e, smallm_engine_info *out) {

@@ -8,7 +8,7 @@
 struct sm_engine_limits {
     const struct sm_model *model;
     int32_t n_vocab, n_ctx, n_batch;
-    bool has_encoder;
+    bool has_encoder, is_encoder; /* arch.h */
 };
 
 /* params: all resolved, no zeros but memory_limit. */

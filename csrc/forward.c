@@ -10,7 +10,8 @@
 
 #define TOKENS_PER_ITEM 8
 
-/* x_t = scale E[token_t], + P[position_t] where positions are learned;
+/* x_t = scale E[token_t], + P[position_t] where positions are learned, + T[0] where texts have kinds,
+ * normed where there is such a norm;
  * (cos, sin)_t[i] = magnitude (cos, sin)(position_t * freq_i), for each table of frequencies */
 static void embed_tokens(void *context, size_t item, void *scratch, float *local) {
     const struct sm_pass *p = context;
@@ -27,6 +28,8 @@ static void embed_tokens(void *context, size_t item, void *scratch, float *local
         if (m->h.embed_scale != 1) m->kernels->scale(x, x, m->h.embed_scale, n_embd);
         size_t position = (size_t)p->batch->positions[t];
         if (m->positions != NULL) m->kernels->add(x, m->positions + position * n_embd, n_embd);
+        if (m->types != NULL) m->kernels->add(x, m->types, n_embd);
+        if (m->embed_norm != NULL) sm_model_norm(m, x, x, m->embed_norm, m->embed_norm_b, n_embd);
         for (size_t i = 0; i < n_angles; i++) {
             double s, c, magnitude = m->rope_magnitude[i / n_pairs];
             sm_sincos((double)position * p->buffers->freqs[i], &s, &c);
@@ -78,6 +81,30 @@ static void add_product(const struct sm_pass *p, const struct sm_source *s, cons
     sm_ops_each(p->ops, SM_TIMER_FINISH, (n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, add_normed, &add);
 }
 
+/* x_t = norm(x_t), where there is such a norm */
+struct norm_sum {
+    const struct sm_pass *p;
+    const float *weight, *bias;
+};
+static void norm_sum_item(void *context, size_t item, void *scratch, float *local) {
+    const struct norm_sum *a = context;
+    const struct sm_model *m = a->p->model;
+    size_t n_embd = (size_t)m->h.n_embd;
+    size_t end = SM_MIN((item + 1) * TOKENS_PER_ITEM, a->p->batch->n);
+    (void)scratch;
+    (void)local;
+    for (size_t t = item * TOKENS_PER_ITEM; t < end; t++) {
+        float *x = a->p->buffers->x + t * n_embd;
+        sm_model_norm(m, x, x, a->weight, a->bias, n_embd);
+    }
+}
+static void norm_sum(const struct sm_pass *p, const float *weight, const float *bias) {
+    if (weight == NULL) return;
+    struct norm_sum a = {p, weight, bias};
+    sm_ops_each(p->ops, SM_TIMER_FINISH, (p->batch->n + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
+                norm_sum_item, &a);
+}
+
 /* h = gated(W_gate s + b_gate, W_up s + b_up), as silu(gate) * up, or a gelu, or the positive part, of
  * W_up s + b_up */
 static void expand(const struct sm_pass *p, const struct sm_layer *layer, const struct sm_source *s) {
@@ -111,6 +138,7 @@ static void contract(const struct sm_pass *p, const struct sm_layer *layer) {
     struct sm_source hidden = sm_source_rows(p->buffers->h, n_ff, n_ff);
     struct sm_source normed = sub_norm(p->model, &hidden, layer->ffn_sub_norm);
     add_product(p, &normed, &layer->w_down, layer->b_down, layer->post_ffn_norm);
+    norm_sum(p, layer->ffn_sum_norm, layer->ffn_sum_norm_b);
 }
 
 /* x = x + W_o norm(attention(W_q s + b_q, W_k s + b_k, W_v s + b_v)) + b_o; the norm where there is one */
@@ -130,6 +158,7 @@ static void attend(const struct sm_pass *p, int index, const struct sm_source *s
     sm_mixer_attention(p, index, &attention, &attended);
     struct sm_source normed = sub_norm(p->model, &attended, layer->attn_sub_norm);
     add_product(p, &normed, &layer->wo, layer->bo, layer->post_attn_norm);
+    norm_sum(p, layer->attn_sum_norm, layer->attn_sum_norm_b);
 }
 
 /* x = x + W_o attention(W_q s, K, V), with the K and V that the encoder left to this layer */
@@ -200,7 +229,7 @@ static void encode(const struct sm_pass *p) {
     }
 }
 
-/* state_t = norm(x_t) */
+/* state_t = norm(x_t), or x_t where layers end with a norm */
 static void hand_states(void *context, size_t item, void *scratch, float *local) {
     const struct sm_pass *p = context;
     const struct sm_model *m = p->model;
@@ -211,7 +240,8 @@ static void hand_states(void *context, size_t item, void *scratch, float *local)
     for (size_t i = item * TOKENS_PER_ITEM; i < end; i++) {
         const float *x = p->buffers->x + p->batch->hidden[i] * n_embd;
         float *state = p->batch->states[i];
-        sm_model_norm(m, state, x, m->output_norm, m->output_norm_b, n_embd);
+        if (m->output_norm == NULL) memcpy(state, x, n_embd * sizeof(float));
+        else sm_model_norm(m, state, x, m->output_norm, m->output_norm_b, n_embd);
         for (size_t d = 0; d < n_embd; d++)
             if (!isfinite(state[d])) sm_ops_fail(p->ops, SMALLM_E_NUMERIC);
     }

@@ -15,6 +15,7 @@
 #include "threads.h"
 
 #define PI 3.14159265358979323846
+#define TYPES_MAX 1024 /* kinds of texts */
 #define READ_BYTES ((size_t)1 << 18) /* stays in a core's cache between reading and packing */
 
 enum need {
@@ -36,8 +37,9 @@ enum need {
 #define DISTANCES                                                                    \
     (!arch->biased_distances ? ABSENT : index == 0 || index == h->n_layer ? REQUIRED : OPTIONAL)
 #define SHARED (h->n_ff_shared > 0)
-#define NORMS_BEFORE (arch->norms != SM_NORMS_AFTER)
-#define NORMS_AFTER (arch->norms != SM_NORMS_BEFORE)
+#define NORMS_BEFORE (arch->norms == SM_NORMS_BEFORE || arch->norms == SM_NORMS_AROUND)
+#define NORMS_AFTER (arch->norms == SM_NORMS_AFTER || arch->norms == SM_NORMS_AROUND)
+#define NORMS_OF_SUM (arch->norms == SM_NORMS_OF_SUM)
 #define HAS(suffix) has_tensor(l, index, suffix)
 /* Norms of single heads are there for q and k, or for neither. */
 #define QK_NORM(other)                                                               \
@@ -297,7 +299,7 @@ static int bind_all(struct loader *l, float **rope_factors) {
     const struct sm_arch *arch = m->arch;
     size_t n_embd = (size_t)m->h.n_embd, n_vocab = (size_t)m->h.n_vocab;
     int status;
-    if (sm_gguf_find_tensor(l->g, "output.weight") != NULL) {
+    if (!arch->is_encoder && sm_gguf_find_tensor(l->g, "output.weight") != NULL) {
         struct job *job;
         status = bind_tensor(l, "token_embd.weight", REQUIRED, n_vocab, n_embd, &job);
         if (status != SMALLM_OK) return status;
@@ -307,13 +309,24 @@ static int bind_all(struct loader *l, float **rope_factors) {
         status = bind_matrix(l, "token_embd.weight", REQUIRED, n_vocab, n_embd, &m->head);
     }
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "output.bias", BIAS_IF(SM_BIAS_EVERYWHERE), n_vocab, &m->head_bias);
+    status = bind_vector(l, "output.bias", arch->is_encoder ? ABSENT : BIAS_IF(SM_BIAS_EVERYWHERE), n_vocab,
+                         &m->head_bias);
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, arch->output_norm != NULL ? arch->output_norm : "output_norm.weight", REQUIRED,
-                         n_embd, &m->output_norm);
+    status = bind_vector(l, arch->output_norm != NULL ? arch->output_norm : "output_norm.weight",
+                         IF(!NORMS_OF_SUM), n_embd, &m->output_norm);
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "output_norm.bias", IF(arch->norm == SM_NORM_LAYER), n_embd,
+    status = bind_vector(l, "output_norm.bias", IF(!NORMS_OF_SUM && arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
+    if (status != SMALLM_OK) return status;
+    status = bind_vector(l, "token_embd_norm.weight", IF(NORMS_OF_SUM), n_embd, &m->embed_norm);
+    if (status != SMALLM_OK) return status;
+    status = bind_vector(l, "token_embd_norm.bias", IF(NORMS_OF_SUM && arch->norm == SM_NORM_LAYER), n_embd,
+                         &m->embed_norm_b);
+    if (status != SMALLM_OK) return status;
+    /* As many rows as the file has: only the first is read. */
+    const struct sm_tensor_info *types = sm_gguf_find_tensor(l->g, "token_types.weight");
+    uint64_t n_types = types != NULL ? SM_MAX(SM_MIN(types->dims[1], TYPES_MAX), 1) : 1;
+    status = bind_rows(l, "token_types.weight", IF(NORMS_OF_SUM), (size_t)n_types, n_embd, &m->types);
     if (status != SMALLM_OK) return status;
     bool learned = arch->rope == SM_ROPE_NONE && m->h.max_alibi == 0 && m->h.n_buckets == 0;
     status = bind_rows(l, "position_embd.weight", IF(learned), (size_t)m->h.n_ctx_train, n_embd, &m->positions);

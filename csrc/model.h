@@ -59,10 +59,13 @@ struct sm_model {
     size_t n_matrices;
     struct sm_matrix head;         /* logits; the embedding table too where they are tied */
     float *head_bias;              /* [n_vocab] or NULL */
-    float *output_norm;            /* [n_embd] */
+    float *output_norm;            /* [n_embd]; NULL: x is normed already */
     float *output_norm_b;          /* [n_embd] or NULL */
     float *encoder_norm;           /* [n_embd] of the encoder's last layer, or NULL */
     float *biases;                 /* of all layers, or NULL */
+    float *types;                  /* [kinds of texts][n_embd], of which the first is used; or NULL */
+    float *embed_norm;             /* [n_embd] of embeddings, or NULL */
+    float *embed_norm_b;           /* [n_embd] or NULL */
     float *positions;              /* [n_ctx_train][n_embd] learned ones, or NULL */
     /* [n_rope][n_rot / 2] radians per position; behind them, where the file has factors for short
      * contexts, those of these. */

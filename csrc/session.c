@@ -44,6 +44,8 @@ static int allocate(struct sm_session *s, smallm_error *err) {
         n_ff = (size_t)SM_MAX(h->n_ff_expert, h->n_ff_shared);
         n_rows = SM_MAX(n, SM_MIN(n, SM_ALONE_MAX) * (size_t)h->n_used);
     }
+    enum sm_norm_place norms = s->model->arch->norms;
+    bool has_y = norms == SM_NORMS_AFTER || norms == SM_NORMS_AROUND;
     struct {
         float **at;
         size_t n, width;
@@ -52,7 +54,7 @@ static int allocate(struct sm_session *s, smallm_error *err) {
         {&s->buffers.x, n, n_embd}, {&s->buffers.q, n, q_size}, {&s->buffers.k, n, kv_size},
         {&s->buffers.v, n, kv_size}, {&s->buffers.h, n_rows, n_ff}, {&s->buffers.wanted, n, n_embd},
         {&s->buffers.cos, n, n_angles}, {&s->buffers.sin, n, n_angles},
-        {&s->buffers.y, n, s->model->arch->norms == SM_NORMS_BEFORE ? 0 : n_embd},
+        {&s->buffers.y, n, has_y ? n_embd : 0},
     };
     size_t all = 0;
     for (size_t i = 0; i < SM_COUNT(parts); i++)
@@ -204,6 +206,9 @@ static int prepare(struct sm_session *s, const struct sm_span *spans, int n_span
             (span->encodes && span->seq->n > 0))
             return sm_fail(err, SMALLM_E_ARGUMENT,
                            "a pass encodes whole texts, or decodes with what encoding them gave");
+        if (s->model->arch->is_encoder && span->seq->n > 0)
+            return sm_fail(err, SMALLM_E_ARGUMENT, "a text of an encoder goes on after %d tokens; it is run "
+                                                   "as a whole", span->seq->n);
         if (span->n > s->params.n_ctx - span->seq->n)
             return sm_fail(err, SMALLM_E_CONTEXT, "%d tokens; the context holds %d",
                            span->seq->n + span->n, s->params.n_ctx);
@@ -273,7 +278,8 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
             size_t at = batch->n + t;
             s->tokens[at] = span->tokens[t];
             s->positions[at] = span->seq->n + (int)t;
-            s->ends[at] = span->seq->n + (span->encodes ? span->n : (int)t + 1);
+            bool sees_all = span->encodes || s->model->arch->is_encoder;
+            s->ends[at] = span->seq->n + (sees_all ? span->n : (int)t + 1);
             s->seqs[at] = span->seq;
             s->sources[at] = span->source;
             s->adaptations[at] = span->adaptation;

@@ -142,7 +142,9 @@ def convert(
     with judged(config.path):
         family = find(config)
         for read in family.keys:
-            keys |= {f"{family.arch}.{key}": value for key, value in read(config).items()}
+            for key, value in read(config).items():
+                whole = key.startswith("tokenizer.")
+                keys[key if whole else f"{family.arch}.{key}"] = value
         tensors = plan(config, family, checkpoint, type.upper())
     table = next(t for t in tensors if t.name == "token_embd.weight")
     with judged(folder / "tokenizer.json"):

@@ -4,8 +4,9 @@ To add one:
 
 1. a `Family` with the name that general.architecture has in llama.cpp's files and the class names
    that config.json's "architectures" may hold;
-2. `keys`: functions from the config to GGUF keys (without the architecture's prefix).  `base` has
-   what every decoder has; add `rms_norm` or `layer_norm`, `rope`, and a function of your own;
+2. `keys`: functions from the config to GGUF keys (without the architecture's prefix, which those
+   of the tokenizer do not get).  `base` has what every decoder has; add `rms_norm` or `layer_norm`,
+   `rope`, and a function of your own;
 3. `expect`: values of the config that the graph takes for granted.  Everything that changes the
    mathematics and has no key belongs here, so that another value is refused by name;
 4. `rules`: tensors that need more than a new name.  A rule is a pattern of the whole name in the
@@ -19,6 +20,7 @@ Nothing here reads weights or writes files.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._errors import CorruptModelError, UnsupportedModelError
-from ._config import Config
+from ._config import Config, judged, read_json
 
 Array = np.ndarray[Any, Any]
 Keys = dict[str, Any]
@@ -679,6 +681,58 @@ def encoder_decoder(c: Config) -> Keys:
     }
 
 
+POOLING = {"mean_tokens": 1, "cls_token": 2, "lasttoken": 3}
+MODULES = ("Transformer", "Pooling", "Normalize")
+
+
+def encoder(c: Config) -> Keys:
+    """All tokens see all; how many kinds of texts there are; pooling as sentence-transformers says
+    beside the config.  Whether vectors are normalized is the caller's choice."""
+    keys: Keys = {"attention.causal": False}
+    if c.get("type_vocab_size") is not None:
+        keys["tokenizer.ggml.token_type_count"] = c.integer("type_vocab_size")
+    path = c.path.parent / "modules.json"
+    folder = "1_Pooling"
+    with judged(path):
+        for module in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
+            kind = module["type"].rsplit(".", 1)[-1]
+            folder = module["path"] if kind == "Pooling" else folder
+            if kind not in MODULES:
+                raise UnsupportedModelError(
+                    f"{path}: the module {kind} is none of {', '.join(MODULES)}, which are known"
+                )
+    path = c.path.parent / folder / "config.json"
+    if not path.is_file():
+        return keys
+    modes = [name for name, value in read_json(path).items() if value is True and "_mode_" in name]
+    names = [name.removeprefix("pooling_mode_") for name in modes]
+    if len(names) != 1 or names[0] not in POOLING:
+        raise UnsupportedModelError(
+            f"{path}: the pooling is {', '.join(names) or 'none'}; this version takes one of "
+            f"{', '.join(POOLING)}"
+        )
+    return keys | {"pooling_type": POOLING[names[0]]}
+
+
+def nomic(c: Config) -> Keys:
+    """Published configs name the length that rope is stretched to, too: the trained one counts."""
+    length = c.integer("max_trained_positions", "max_position_embeddings", default=2048)
+    return rope(c) | {"context_length": length}
+
+
+ENCODER: tuple[Rule, ...] = (
+    (
+        r"(?:bert\.)?embeddings\.(token_type|position)_embeddings\.weight",
+        lambda m, c: [
+            Piece({"token_type": "token_types", "position": "position_embd"}[m[1]] + ".weight")
+        ],
+    ),
+    # Made for other tasks than embeddings.
+    (r"(?:bert\.)?pooler\.dense\.(?:weight|bias)", lambda m, c: []),
+    (r"(?:bert\.)?embeddings\.position_ids", lambda m, c: []),
+)
+
+
 def decoder_layers(c: Config) -> int:
     return c.integer("num_decoder_layers", default=c.n_layer)
 
@@ -1041,6 +1095,38 @@ FAMILIES: tuple[Family, ...] = (
         uniform=False,
         stacks=lambda c: {"enc.": c.n_layer, "dec.": decoder_layers(c)},
         tied=scaled_head,
+    ),
+    Family(
+        "bert",
+        ("BertModel",),
+        (base, ffn, layer_norm, encoder),
+        expect={
+            "hidden_act": ("gelu",),
+            "position_embedding_type": ("absolute",),
+            "is_decoder": (False,),
+            "add_cross_attention": (False,),
+        },
+        rules=ENCODER,
+    ),
+    Family(
+        "nomic-bert",
+        ("NomicBertModel",),
+        (base, ffn, layer_norm, encoder, nomic),
+        expect={
+            "hidden_act": ("silu",),
+            "activation_function": ("swiglu",),
+            "causal": (False,),
+            "moe_every_n_layers": (0,),
+            "parallel_block": (False,),
+            "prenorm": (False,),
+            "qkv_proj_bias": (False,),
+            "mlp_fc1_bias": (False,),
+            "mlp_fc2_bias": (False,),
+            "rotary_emb_fraction": (1.0,),
+            "rotary_emb_interleaved": (False,),
+            "use_rms_norm": (False,),
+        },
+        rules=ENCODER,
     ),
 )
 
