@@ -19,9 +19,12 @@ static const struct sm_arch archs[] = {
     {.name = "gemma3", .models = "Gemma 3 (text)", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AROUND,
      .qk_norm = SM_QK_NORM_HEAD, .ffn = SM_FFN_GEGLU, .window_period = 6, .local_base = 10000,
      .plain_windows = true, .scaled_embeddings = true, .wide_layers = 62},
+    {.name = "olmo", .models = "OLMo", .rope = SM_ROPE_PAIRS, .norm = SM_NORM_LAYER_BARE},
     {.name = "olmo2", .models = "OLMo 2 and 3", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
      .qk_norm = SM_QK_NORM_ROW, .window_period = 4, .plain_windows = true},
     {.name = "granite", .models = "Granite 3 (dense)", .rope = SM_ROPE_PAIRS, .divided_logits = true},
+    {.name = "minicpm", .models = "MiniCPM, MiniCPM4", .rope = SM_ROPE_PAIRS, .divided_logits = true,
+     .named_scales = true},
     {.name = "smollm3", .models = "SmolLM3", .rope = SM_ROPE_PAIRS, .unturned_period = 4},
     {.name = "stablelm", .models = "StableLM 2, StableLM 3B, Zephyr", .rope = SM_ROPE_HALVES,
      .norm = SM_NORM_LAYER, .qk_norm = SM_QK_NORM_HEADS, .parallel = SM_PARALLEL_IF_SHARED},
@@ -29,6 +32,7 @@ static const struct sm_arch archs[] = {
      .norm = SM_NORM_LAYER_PLAIN, .qk_norm = SM_QK_NORM_HEADS, .parallel = SM_PARALLEL_SHARED},
     {.name = "cohere2", .models = "Command R7B", .rope = SM_ROPE_PAIRS, .norm = SM_NORM_LAYER_PLAIN,
      .parallel = SM_PARALLEL_SHARED, .window_period = 4, .turns_windows = true},
+    {.name = "exaone", .models = "EXAONE 3 and 3.5", .rope = SM_ROPE_HALVES},
     {.name = "exaone4", .models = "EXAONE 4", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
      .qk_norm = SM_QK_NORM_HEAD, .window_period = 4, .turns_windows = true},
     {.name = "phi2", .models = "phi-1, phi-1.5, phi-2", .rope = SM_ROPE_HALVES,
@@ -65,7 +69,7 @@ static const struct sm_arch archs[] = {
     {.name = "lfm2", .models = "LFM2", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_HEAD,
      .output_norm = "token_embd_norm.weight"},
     {.name = "mamba2", .models = "Mamba 2, Codestral Mamba"},
-    {.name = "t5", .models = "T5, T5 v1.1, Flan-T5", .has_encoder = true, .rope = SM_ROPE_NONE,
+    {.name = "t5", .models = "T5, T5 v1.1, Flan-T5, mT5, UMT5", .has_encoder = true, .rope = SM_ROPE_NONE,
      .ffn = SM_FFN_GEGLU, .relu_ungated = true, .unscaled = true, .biased_distances = true,
      .scaled_head = true, .output_norm = "dec.output_norm.weight"},
     {.name = "bert", .models = "BERT, MiniLM, bge, e5", .is_encoder = true, .rope = SM_ROPE_NONE,
@@ -154,6 +158,15 @@ static double read_float(struct reader *r, const char *name, double missing, dou
                             "%s: %s is %g; allowed are values above %g up to %g",
                             sm_gguf_path(r->g), key, value, low, high);
     return value;
+}
+
+/* As read_float, where 0 in the file, too, stands for none. */
+static double read_limit(struct reader *r, const char *name, double high) {
+    const char *key = full_key(r, name);
+    double value = 0;
+    bool found;
+    if (r->status == SMALLM_OK) r->status = sm_gguf_get_float(r->g, key, &value, &found, r->err);
+    return value == 0 ? 0 : read_float(r, name, 0, 0, high);
 }
 
 static void refuse(struct reader *r, const char *key, const char *found, const char *allowed) {
@@ -306,14 +319,16 @@ static void read_scales(struct reader *r, struct sm_hparams *h) {
     h->attn_scale = (float)read_float(r, "attention.scale", arch->unscaled ? 1 : 1 / sqrt(width), 0, 1e6);
     h->attn_cap = (float)read_float(r, "attn_logit_softcapping", arch->attn_cap, 0, 1e6);
     h->logit_cap = (float)read_float(r, "final_logit_softcapping", arch->logit_cap, 0, 1e6);
-    double embed_scale = arch->scaled_embeddings ? sqrt((double)h->n_embd) : 1;
+    h->qkv_limit = (float)read_limit(r, "attention.clamp_kqv", 1e6);
+    double one = arch->named_scales ? NAN : 1; /* NAN: the key must be there */
+    double embed_scale = arch->scaled_embeddings ? sqrt((double)h->n_embd) : one;
     h->embed_scale = (float)read_float(r, "embedding_scale", embed_scale, 0, 1e6);
-    h->residual_scale = (float)read_float(r, "residual_scale", 1, 0, 1e6);
+    h->residual_scale = (float)read_float(r, "residual_scale", one, 0, 1e6);
     bool plain = h->ffn == SM_FFN_RELU || sm_gguf_find_tensor(r->g, "output.weight") == NULL;
-    double head_scale = arch->scaled_head && plain ? 1 / sqrt((double)h->n_embd) : 1;
+    double head_scale = arch->scaled_head && plain ? 1 / sqrt((double)h->n_embd) : one;
     double logit_scale = read_float(r, "logit_scale", head_scale, 1e-6, 1e6);
     h->logit_scale = (float)(arch->divided_logits ? 1 / logit_scale : logit_scale);
-    h->max_alibi = read_float(r, "attention.max_alibi_bias", 0, 0, 1e3);
+    h->max_alibi = read_limit(r, "attention.max_alibi_bias", 1e3);
 }
 
 /* hidden_activation: what the gate goes through, in files that say; and whether there is one. */

@@ -16,7 +16,8 @@ enum sm_rope_style {
 enum sm_norm_kind {
     SM_NORM_RMS,        /* x / rms(x) * weight */
     SM_NORM_LAYER,      /* (x - mean) / deviation * weight + bias */
-    SM_NORM_LAYER_PLAIN /* the same without a bias */
+    SM_NORM_LAYER_PLAIN, /* the same without a bias */
+    SM_NORM_LAYER_BARE /* and without a weight; before attention and feed-forward only */
 };
 
 /* Where attention and feed-forward have norms: of what they read, of what they add to x, or both. */
@@ -112,6 +113,7 @@ struct sm_arch {
     bool plain_windows; /* rope is not scaled in layers with a window */
     bool scaled_embeddings; /* by sqrt(n_embd) */
     bool divided_logits;    /* by logit_scale, where others are multiplied */
+    bool named_scales;      /* the file must name those of embeddings, layers and logits */
     double attn_cap, logit_cap; /* soft caps of files that do not name theirs; 0: none */
     const char *output_norm; /* the tensor's name where it is not output_norm.weight; else NULL */
     int wide_layers;    /* models of so many layers scale scores by (n_embd / n_head)^(-1/2) */
@@ -155,6 +157,7 @@ struct sm_hparams {
     int n_ctx_short;    /* contexts up to this take a file's short rope factors, others the long ones */
     bool parallel;      /* by the key */
     float attn_scale;   /* of scores */
+    float qkv_limit;    /* of the size of q, k and v as their matrices give them; 0: none */
     float attn_cap, logit_cap; /* soft caps of scores and logits; 0: none */
     float embed_scale, residual_scale, logit_scale; /* of embeddings, what layers add to x, logits */
     int conv_kernel, conv_width; /* of recurrent layers: taps, and channels that are convolved */

@@ -37,7 +37,8 @@ enum need {
 #define DISTANCES                                                                    \
     (!arch->biased_distances ? ABSENT : index == 0 || index == h->n_layer ? REQUIRED : OPTIONAL)
 #define SHARED (h->n_ff_shared > 0)
-#define NORMS_BEFORE (arch->norms == SM_NORMS_BEFORE || arch->norms == SM_NORMS_AROUND)
+#define WEIGHED (arch->norm != SM_NORM_LAYER_BARE)
+#define NORMS_BEFORE (WEIGHED && (arch->norms == SM_NORMS_BEFORE || arch->norms == SM_NORMS_AROUND))
 #define NORMS_AFTER (arch->norms == SM_NORMS_AFTER || arch->norms == SM_NORMS_AROUND)
 #define NORMS_OF_SUM (arch->norms == SM_NORMS_OF_SUM)
 #define HAS(suffix) has_tensor(l, index, suffix)
@@ -313,7 +314,7 @@ static int bind_all(struct loader *l, float **rope_factors) {
                          &m->head_bias);
     if (status != SMALLM_OK) return status;
     status = bind_vector(l, arch->output_norm != NULL ? arch->output_norm : "output_norm.weight",
-                         IF(!NORMS_OF_SUM), n_embd, &m->output_norm);
+                         IF(WEIGHED && !NORMS_OF_SUM), n_embd, &m->output_norm);
     if (status != SMALLM_OK) return status;
     status = bind_vector(l, "output_norm.bias", IF(!NORMS_OF_SUM && arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
@@ -607,6 +608,19 @@ static int make_rope_freqs(struct loader *l, float *const *factors) {
     return make_freqs(l, factor_names[FACTORS_SHORT], factors[FACTORS_SHORT], m->rope_freqs + n);
 }
 
+/* Norms without weights are those with weights of 1. */
+static int make_ones(struct loader *l) {
+    struct sm_model *m = l->m;
+    if (m->arch->norm != SM_NORM_LAYER_BARE) return SMALLM_OK;
+    m->ones = sm_calloc((size_t)m->h.n_embd, sizeof m->ones[0]);
+    if (m->ones == NULL)
+        return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
+    for (int i = 0; i < m->h.n_embd; i++) m->ones[i] = 1;
+    for (int i = 0; i < m->h.n_layer; i++) m->layers[i].attn_norm = m->layers[i].ffn_norm = m->ones;
+    m->output_norm = m->ones;
+    return SMALLM_OK;
+}
+
 /* With a power of two of heads, head i has 2^(-max (i + 1) / n); the heads beyond one have those of
  * twice as many heads that lie between. */
 static int make_slopes(struct loader *l) {
@@ -709,6 +723,8 @@ static int open_file(struct loader *l, const smallm_model_params *params) {
     if (status != SMALLM_OK) return status;
     status = make_rope_freqs(l, rope_factors);
     if (status != SMALLM_OK) return status;
+    status = make_ones(l);
+    if (status != SMALLM_OK) return status;
     status = make_slopes(l);
     if (status != SMALLM_OK) return status;
     status = make_biases(l);
@@ -752,6 +768,7 @@ void sm_model_free(struct sm_model *m) {
     sm_free(m->layers);
     sm_free(m->matrices);
     sm_free(m->rope_freqs);
+    sm_free(m->ones);
     sm_free(m->slopes);
     sm_free(m->biases);
     sm_free(m->panels);

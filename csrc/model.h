@@ -72,6 +72,7 @@ struct sm_model {
     double *rope_freqs;
     double rope_magnitude[2];      /* [n_rope] of their cos and sin */
     bool has_short;
+    float *ones;                   /* [n_embd] of norms without weights, or NULL */
     float *slopes;                 /* [n_head] of ALiBi, or NULL */
     const struct sm_tensor_info *embeddings; /* untied: rows are read from the file; else NULL */
     struct sm_gguf *file;          /* open where `embeddings` is not NULL */

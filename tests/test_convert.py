@@ -942,6 +942,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
 }
 # Where yarn begins and ends is the reader's choice, not the file's.
 BETAS = {
+    "olmo3": {"yarn_beta_fast": 2.0, "yarn_beta_slow": 0.5},
     "qwen2-yarn": {"yarn_beta_fast": 1.5, "yarn_beta_slow": 0.15},
     "gpt-oss": {"yarn_beta_fast": 3.22, "yarn_beta_slow": 0.3223},
 }

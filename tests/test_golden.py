@@ -134,6 +134,7 @@ BROKEN = {
         "SM_NORM_RMS": "layer norm",
         "SM_NORM_LAYER": "rms norm",
         "SM_NORM_LAYER_PLAIN": "rms norm",
+        "SM_NORM_LAYER_BARE": "rms norm",
     },
     "norms": "no norm after attention",
     "qk_norm": {
@@ -168,6 +169,7 @@ BROKEN = {
     "local_base": "one rope for all layers",
     "plain_windows": "windows' rope scaled|one rope for all layers",
     "scaled_embeddings": "embeddings as they are",
+    "named_scales": "embeddings as they are",
     "divided_logits": "logits as they are|no logit scale",
     "attn_cap": "no cap of scores",
     "logit_cap": "no cap of logits",
@@ -243,6 +245,7 @@ OTHER_VALUES = {
     "logit_scale": 0.5,
     "expert_used_count": 2,
     "attention.max_alibi_bias": 4.0,
+    "attention.clamp_kqv": 0.2,
     "rope.scaling.attn_factor": 1.7,
 }
 
@@ -502,7 +505,6 @@ def test_an_unknown_architecture_is_refused_with_those_there_are(tmp_path: Path)
 @pytest.mark.parametrize(
     "key",
     [
-        "attention.clamp_kqv",
         "attention.temperature_scale",
         "router_logit_softcapping",
         "rope.scaling.yarn_log_multiplier",
@@ -516,6 +518,33 @@ def test_steps_that_are_not_run_are_refused(
     assert f"llama.{key}" in message
     golden.change(tmp_path / "m.gguf", keys={key: tiny.f32(0.0)})
     assert smallm.load(tmp_path / "m.gguf").info.architecture == "llama"
+
+
+def test_scales_that_files_must_name(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """Old files leave them to the program."""
+    golden = convert_golden("minicpm")
+    for key in ("embedding_scale", "residual_scale", "logit_scale"):
+        message = refusal(golden.change(tmp_path / "m.gguf", keys={key: None}))
+        assert f"the key minicpm.{key} is missing" in message
+
+
+def test_without_alibi_positions_are_learned(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    golden = convert_golden("mpt")
+    keys = {"attention.max_alibi_bias": tiny.f32(0.0)}
+    message = refusal(golden.change(tmp_path / "m.gguf", keys=keys))
+    assert "the tensor position_embd.weight is missing" in message
+    table = Tensor.encode(np.zeros((1024, 160), np.float32), "F32", np.random.default_rng(0))
+    golden.change(
+        tmp_path / "m.gguf", keys=keys, edit=lambda t: t.update({"position_embd.weight": table})
+    )
+    got = compute(tmp_path / "m.gguf", golden.ids, threads=2, kv="f32")
+    broken = golden.broken["no ALiBi"]
+    off = np.abs(got[-len(broken) :] - broken).max() / golden.logits.std()
+    assert off < EXACT
 
 
 @pytest.mark.parametrize("dropped", [["blk.0.ffn_norm.weight"], ["blk.1.ffn_norm.bias"]], ids=str)

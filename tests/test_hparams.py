@@ -75,6 +75,7 @@ METADATA: list[tuple[str, Any, str]] = [
     ("llama.attention.key_length", 24, "key_length|value_length|attn_"),
     ("llama.attention.value_length", 24, "attention.value_length"),
     ("llama.attention.sliding_window", -1, ""),
+    *(("llama.attention.clamp_kqv", tiny.f32(value), "") for value in (-1.0, NAN, INF)),
     ("llama.attention.layer_norm_rms_epsilon", None, ""),
     *(
         ("llama.attention.layer_norm_rms_epsilon", tiny.f32(value), "")

@@ -71,10 +71,18 @@ static void norm_head(const struct sm_attention *a, const float *weight, size_t 
     sm_model_norm(m, x, x, weight + row * a->head, NULL, a->head);
 }
 
+/* x [head] of q, k or v, each value at most the limit in size, where there is one; NaN stays.
+ * Comparisons alone: no kernel's affair. */
+static void limit(const struct sm_attention *a, float *x) {
+    float most = a->p->model->h.qkv_limit;
+    for (size_t i = 0; i < a->head && most > 0; i++) x[i] = x[i] > most ? most : x[i] < -most ? -most : x[i];
+}
+
 /* Normed, turned and scaled queries of token t: out [h->n][head]. */
 static void make_queries(const struct sm_attention *a, size_t t, const struct heads *h, float *out) {
     memcpy(out, query_of(a, t, h), h->n * a->head * sizeof(float));
     for (size_t g = 0; g < h->n; g++) {
+        limit(a, out + g * a->head);
         norm_head(a, a->weights->q_norm, first_head(a, h) + g, out + g * a->head);
         rope(a, t, out + g * a->head);
     }
@@ -88,6 +96,8 @@ static void store_kv(const struct sm_attention *a, size_t t, size_t kv_head, flo
     int position = p->batch->positions[t];
     const struct sm_page *page = p->batch->seqs[t]->pages[position / SM_PAGE];
     memcpy(tmp, p->buffers->k + at, a->head * sizeof(float));
+    limit(a, tmp);
+    limit(a, p->buffers->v + at);
     norm_head(a, a->weights->k_norm, kv_head, tmp);
     rope(a, t, tmp);
     p->model->kernels->kv_store(p->cache->kv_type,

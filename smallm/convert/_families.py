@@ -175,6 +175,20 @@ def multipliers(c: Config) -> Keys:
     }
 
 
+def minicpm(c: Config) -> Keys:
+    """MiniCPM's factors of embeddings and of what layers add, and what logits are divided by."""
+    return {
+        "embedding_scale": c.number("scale_emb", default=1.0),
+        "residual_scale": c.number("scale_depth", default=1.0) / math.sqrt(c.n_layer),
+        "logit_scale": c.integer("hidden_size") / c.number("dim_model_base", default=1.0),
+    }
+
+
+def clipped(c: Config) -> Keys:
+    """The limit of q, k and v, where there is one."""
+    return {} if c.get("clip_qkv") is None else {"attention.clamp_kqv": c.number("clip_qkv")}
+
+
 def logit_scale(c: Config) -> Keys:
     return {"logit_scale": c.number("logit_scale")}
 
@@ -381,7 +395,6 @@ def mpt(c: Config) -> Keys:
     attention = c.get("attn_config", default={})
     for name, allowed in (
         ("alibi", True),
-        ("clip_qkv", None),
         ("softmax_scale", None),
         ("prefix_lm", False),
         ("qk_ln", False),
@@ -395,7 +408,7 @@ def mpt(c: Config) -> Keys:
     return {
         "feed_forward_length": width,
         "attention.max_alibi_bias": float(attention.get("alibi_bias_max", 8)),
-    }
+    } | clipped(Config(c.path, attention))
 
 
 # ---- tensors -------------------------------------------------------------------------------------
@@ -661,7 +674,7 @@ def grouped_norm(m: re.Match[str], c: Config) -> list[Piece]:
 
 
 def encoder_decoder(c: Config) -> Keys:
-    """T5.  The first checkpoints scale the head's input, and say so by tying the head."""
+    """T5 and its kin.  The first checkpoints scale the head's input, and say so by tying it."""
     start = c.get("decoder_start_token_id", "pad_token_id", default=0)
     width = c.integer("d_model")
     return {
@@ -738,6 +751,8 @@ def decoder_layers(c: Config) -> int:
 
 
 def scaled_head(c: Config) -> bool:
+    if "MT5ForConditionalGeneration" in c.get("architectures", default=[]):
+        return False  # whatever it says
     return bool(c.get("scale_decoder_outputs", "tie_word_embeddings", default=True))
 
 
@@ -848,6 +863,14 @@ FAMILIES: tuple[Family, ...] = (
         rules=centred_norms(NORMS_AROUND),
     ),
     Family(
+        "olmo",
+        ("OlmoForCausalLM",),
+        # The norms have no weights, and an epsilon that no config names.
+        (base, ffn, rope, clipped, lambda c: {"attention.layer_norm_epsilon": 1e-5}),
+        expect={**SILU, "attention_bias": (False,)},
+        rules=(PAIRED,),
+    ),
+    Family(
         "olmo2",
         ("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
         (base, ffn, rms_norm, rope, windows(4), plain_windows),
@@ -860,6 +883,14 @@ FAMILIES: tuple[Family, ...] = (
         expect=SILU,
         rules=(PAIRED,),
         extra=rope_factors,
+    ),
+    Family(
+        "minicpm",
+        ("MiniCPMForCausalLM",),
+        (base, ffn, rms_norm, rope, minicpm),
+        expect={**SILU, "num_experts": (0,), "sparse_config": (), "attention_bias": (False,)},
+        rules=(PAIRED,),
+        extra=long_rope_factors,
     ),
     Family(
         "smollm3",
@@ -892,6 +923,20 @@ FAMILIES: tuple[Family, ...] = (
         ("Cohere2ForCausalLM",),
         (base, ffn, layer_norm, rope, windows(4), logit_scale),
         expect=SILU,
+    ),
+    Family(
+        "exaone",
+        ("ExaoneForCausalLM",),
+        (
+            base,
+            ffn,
+            rope,
+            lambda c: {
+                "attention.layer_norm_rms_epsilon": c.number("layer_norm_epsilon", default=1e-5)
+            },
+        ),
+        expect={"activation_function": ("silu",)},
+        extra=rope_factors,
     ),
     Family(
         "exaone4",
@@ -1080,7 +1125,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "t5",
-        ("T5ForConditionalGeneration",),
+        tuple(f"{name}ForConditionalGeneration" for name in ("T5", "MT5", "UMT5")),
         (encoder_decoder,),
         expect={
             "feed_forward_proj": ("relu", "gated-gelu"),

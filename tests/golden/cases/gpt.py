@@ -176,8 +176,10 @@ def bloom_slopes(n_head: int, n: int, alibi_bias_max: int = 8, device: Any = Non
 
 
 def mpt(model: Any) -> Steps:
+    attentions = [layer.attn for layer in model.transformer.blocks]
     return forms((layer.ffn for layer in model.transformer.blocks), gelu_tanh) | {
         "no ALiBi": patch(modeling_mpt, "build_mpt_alibi_tensor", no_slopes),
+        "no limit of q, k and v": values(*((a, "clip_qkv", None) for a in attentions)),
         "slopes in another order": patch(modeling_mpt, "build_mpt_alibi_tensor", bloom_slopes),
         "rms norm": patch(torch.nn.LayerNorm, "forward", plain_rms_norm),
     }
@@ -246,6 +248,7 @@ CASES = [
             n_layers=2,
             expansion_ratio=4,
             max_seq_len=1024,
+            attn_config={"clip_qkv": 1.5},
             bos_token_id=1,
             eos_token_id=2,
         ),

@@ -1,4 +1,4 @@
-"""Granite and SmolLM3: Llama with multipliers, and with layers that have no rope."""
+"""Granite, MiniCPM and SmolLM3: Llama with multipliers, and with layers that have no rope."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def common(model: Any, module: Any) -> Steps:
     }
 
 
+class MiniCPMConfig(transformers.GraniteConfig):
+    """Other names for what Granite has; MiniCPM's own code lies with its checkpoints."""
+
+    model_type = "minicpm"
+
+
+class MiniCPMForCausalLM(transformers.GraniteForCausalLM):
+    config_class = MiniCPMConfig
+
+
 def granite(model: Any) -> Steps:
     layers = model.model.layers
     return common(model, modeling_granite) | {
@@ -38,6 +48,10 @@ def granite(model: Any) -> Steps:
         "scores scaled by the head": values(*((x.self_attn, "scaling", 0.25) for x in layers)),
         "logits as they are": values((model.config, "logits_scaling", 1.0)),
     }
+
+
+def minicpm(model: Any) -> Steps:
+    return {k: v for k, v in granite(model).items() if k != "scores scaled by the head"}
 
 
 def smollm3(model: Any) -> Steps:
@@ -62,6 +76,24 @@ CASES = [
         ),
         transformers.GraniteForCausalLM,
         granite,
+    ),
+    Case(
+        "minicpm",
+        "minicpm",
+        MiniCPMConfig(
+            **SMALL,
+            tie_word_embeddings=False,
+            rope_parameters=default_rope(),
+            scale_emb=6,
+            embedding_multiplier=6.0,
+            scale_depth=0.6,
+            residual_multiplier=0.6 / 2**0.5,
+            attention_multiplier=0.25,
+            dim_model_base=24,
+            logits_scaling=64 / 24,
+        ),
+        MiniCPMForCausalLM,
+        minicpm,
     ),
     Case(
         "smollm3",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
+import plain
 import torch
 import transformers
 from case import SMALL, Case, Steps, parameters, patch, swapped, values
+from plain import RMSNorm, answer, attend, linear, turn
 from torch import nn
 
 
@@ -17,26 +18,6 @@ class InternLM2Config(transformers.PreTrainedConfig):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
-
-
-def turn(x: torch.Tensor, theta: float, pairs: bool = False) -> torch.Tensor:
-    """Rope on the halves of x [n][heads][head], or on neighbours."""
-    n, _, head = x.shape
-    frequency = theta ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
-    angle = torch.arange(n, dtype=torch.float64)[:, None, None] * frequency
-    a, b = (x[..., 0::2], x[..., 1::2]) if pairs else x.chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -2 + pairs)
-    return turned.flatten(-2)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, c: Any) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(c.hidden_size)), c.rms_norm_eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class Attention(nn.Module):
@@ -49,27 +30,21 @@ class Attention(nn.Module):
             c.num_attention_heads // c.num_key_value_heads,
         )
         self.theta = c.rope_theta
-        self.wqkv = nn.Linear(c.hidden_size, 2 * c.hidden_size, bias=False)
-        self.wo = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
+        self.wqkv = linear(c.hidden_size, 2 * c.hidden_size)
+        self.wo = linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n = x.shape[0]
-        heads = self.wqkv(x).view(n, self.n_kv, self.group + 2, -1)
-        q = turn(heads[:, :, :-2].flatten(1, 2), self.theta)
-        k = turn(heads[:, :, -2], self.theta).repeat_interleave(self.group, 1)
-        v = heads[:, :, -1].repeat_interleave(self.group, 1)
-        scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5
-        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return self.wo(torch.einsum("hij,jhd->ihd", weights, v).flatten(1))
+        heads = self.wqkv(x).view(x.shape[0], self.n_kv, self.group + 2, -1)
+        q, k, v = heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
+        return self.wo(attend(q, k, v, self.theta))
 
 
 class FeedForward(nn.Module):
     def __init__(self, c: Any) -> None:
         super().__init__()
-        self.w1 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.w3 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.w2 = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.w1 = linear(c.hidden_size, c.intermediate_size)
+        self.w3 = linear(c.hidden_size, c.intermediate_size)
+        self.w2 = linear(c.intermediate_size, c.hidden_size)
         self.act = nn.SiLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +55,9 @@ class Layer(nn.Module):
     def __init__(self, c: Any) -> None:
         super().__init__()
         self.attention, self.feed_forward = Attention(c), FeedForward(c)
-        self.attention_norm, self.ffn_norm = RMSNorm(c), RMSNorm(c)
+        self.attention_norm, self.ffn_norm = (
+            RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -92,7 +69,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.tok_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.tok_embeddings(ids)
@@ -107,12 +84,11 @@ class InternLM2ForCausalLM(transformers.PreTrainedModel):
     def __init__(self, c: Any) -> None:
         super().__init__(c)
         self.model = Trunk(c)
-        self.output = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.output = linear(c.hidden_size, c.vocab_size)
         self.post_init()
 
     def forward(self, ids: torch.Tensor, **options: Any) -> Any:
-        logits = self.output(self.model(ids[0]))[None]
-        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+        return answer(self.output(self.model(ids[0])))
 
 
 def broken(model: Any) -> Steps:
@@ -120,7 +96,7 @@ def broken(model: Any) -> Steps:
     attentions = [layer.attention for layer in layers]
     feeds = [layer.feed_forward for layer in layers]
     return {
-        "rope on pairs": patch(sys.modules[__name__], "turn", partial(turn, pairs=True)),
+        "rope on pairs": patch(plain, "turn", partial(turn, pairs=True)),
         "another rope base": values(*((a, "theta", 1e6) for a in attentions)),
         "gelu in place of silu": swapped(feeds, "act", nn.functional.gelu),
         "no norm weights": parameters(model, "attention_norm.weight", 1),

@@ -1,4 +1,5 @@
-"""OLMo 2 and 3 and EXAONE 4: norms of what a layer adds, none of what it reads."""
+"""OLMo, with norms that have no weights; OLMo 2 and 3 and EXAONE 4: norms of what a layer adds,
+none of what it reads."""
 
 from __future__ import annotations
 
@@ -20,11 +21,16 @@ from case import (
     values,
 )
 from transformers.models.exaone4 import modeling_exaone4
+from transformers.models.olmo import modeling_olmo
 from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.olmo3 import modeling_olmo3
 
 HEAD = 16
 NORMS = {r".*[qk]_norm\.weight": (1.5, 0.4)}
+
+
+def bare_rms_norm(self: Any, x: Any) -> Any:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5)
 
 
 def norm_of_heads(self: Any, x: Any) -> Any:
@@ -47,6 +53,19 @@ def common(model: Any, module: Any) -> Steps:
         "no norm of k": swapped(attentions, "k_norm", identity),
         "no norm after attention": swapped(layers, "post_attention_layernorm", identity),
         "no norm after the feed-forward": swapped(layers, "post_feedforward_layernorm", identity),
+    }
+
+
+def olmo(model: Any) -> Steps:
+    mlps = [layer.mlp for layer in model.model.layers]
+    norm = modeling_olmo.OlmoLayerNorm
+    return {
+        "rope on pairs": patch(modeling_olmo, "apply_rotary_pos_emb", rope_on_pairs),
+        "no rope": patch(modeling_olmo, "apply_rotary_pos_emb", no_rope),
+        "gelu in place of silu": swapped(mlps, "act_fn", gelu_tanh),
+        "rms norm": patch(norm, "forward", bare_rms_norm),
+        "no limit of q, k and v": values((model.config, "clip_qkv", None)),
+        "another limit": values((model.config, "clip_qkv", 1.3)),
     }
 
 
@@ -83,6 +102,15 @@ def exaone4(model: Any) -> Steps:
 
 
 CASES = [
+    Case(
+        "olmo",
+        "olmo",
+        transformers.OlmoConfig(
+            **SMALL, tie_word_embeddings=False, clip_qkv=1.2, rope_parameters=default_rope()
+        ),
+        transformers.OlmoForCausalLM,
+        olmo,
+    ),
     Case(
         "olmo2",
         "olmo2",

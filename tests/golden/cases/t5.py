@@ -1,8 +1,9 @@
-"""T5: an encoder beside the decoder, biases of scores by distance, a scaled or an untied head."""
+"""T5, mT5 and UMT5: an encoder beside the decoder, biases of scores by distance, of the first layer
+or of each, a scaled or an untied head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import transformers
 from case import Case, Steps, identity, layer_norm, parameters, patch, swapped, values
 from goldens import N_VOCAB, decoder_ids
+from transformers.models.mt5 import modeling_mt5
 from transformers.models.t5 import modeling_t5
+from transformers.models.umt5 import modeling_umt5
 
 SMALL: dict[str, Any] = dict(
     vocab_size=N_VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_decoder_layers=2,
@@ -39,14 +42,14 @@ def gelu_erf(x: Any) -> Any:
 
 
 @contextmanager
-def causal_encoder() -> Iterator[None]:
+def causal_encoder(module: Any) -> Iterator[None]:
     def mask(config: Any, inputs_embeds: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
         if encoder_hidden_states is not None:
             return None
         n = inputs_embeds.shape[1]
         return torch.full((1, 1, n, n), -torch.inf, dtype=inputs_embeds.dtype).triu(1)
 
-    with patch(modeling_t5, "create_bidirectional_mask", mask):
+    with patch(module, "create_bidirectional_mask", mask):
         yield
 
 
@@ -54,7 +57,7 @@ def nothing_across(self: Any, hidden_states: Any, *rest: Any, **options: Any) ->
     return hidden_states, None, None
 
 
-def steps(model: Any) -> Steps:
+def common(model: Any, module: Any, prefix: str) -> Steps:
     blocks = [*model.encoder.block, *model.decoder.block]
     own = [block.layer[0].SelfAttention for block in blocks]
     across = [block.layer[1].EncDecAttention for block in model.decoder.block]
@@ -75,16 +78,48 @@ def steps(model: Any) -> Steps:
         ),
         "scaled scores": values(*((a, "scaling", 0.25) for a in own)),
         "scaled scores across": values(*((a, "scaling", 0.25) for a in across)),
-        "no attention across": patch(modeling_t5.T5LayerCrossAttention, "forward", nothing_across),
-        "an encoder that looks back": causal_encoder(),
+        "no attention across": patch(
+            getattr(module, f"{prefix}LayerCrossAttention"), "forward", nothing_across
+        ),
+        "an encoder that looks back": causal_encoder(module),
         "an encoder without its last norm": swapped([model.encoder], "final_layer_norm", identity),
         "silu in the feed-forward": swapped(feeds, "act", torch.nn.functional.silu),
-        "layer norm": patch(modeling_t5.T5LayerNorm, "forward", layer_norm),
+        "layer norm": patch(getattr(module, f"{prefix}LayerNorm"), "forward", layer_norm),
     }
     if model.config.is_gated_act:
         found["the other gelu"] = swapped(feeds, "act", gelu_erf)
+    return found
+
+
+def t5(model: Any) -> Steps:
     scaled = model.config.scale_decoder_outputs
-    return found | {"the head's scale": values((model.config, "scale_decoder_outputs", not scaled))}
+    return common(model, modeling_t5, "T5") | {
+        "the head's scale": values((model.config, "scale_decoder_outputs", not scaled))
+    }
+
+
+def mt5(model: Any) -> Steps:
+    head = model.lm_head
+    return common(model, modeling_mt5, "MT5") | {
+        "the head's scale": swapped([model], "lm_head", lambda x: head(x * 64**-0.5))
+    }
+
+
+def umt5(model: Any) -> Steps:
+    stacks = (model.encoder.block, model.decoder.block)
+    own = [[block.layer[0].SelfAttention for block in blocks] for blocks in stacks]
+    across = modeling_umt5.UMT5LayerCrossAttention
+    return common(model, modeling_umt5, "UMT5") | {
+        "no attention across": patch(across, "forward", lambda self, x, **_: (x, None)),
+        "the head's scale": values((model.config, "tie_word_embeddings", False)),
+        "the first layer's biases in all": values(
+            *(
+                (a, "relative_attention_bias", first.relative_attention_bias)
+                for first, *rest in own
+                for a in rest
+            )
+        ),
+    }
 
 
 # With a head of its own, as published ones; `transformers` ties what it makes itself.
@@ -99,7 +134,7 @@ Untied = type(
 )
 
 
-def case(name: str, config: Any, model: Any) -> Case:
+def case(name: str, config: Any, model: Any, steps: Callable[[Any], Steps] = t5) -> Case:
     return Case(
         name, "t5", config, model, steps, subtle=("the other gelu",),
         scales=SCALES, kind="encoder-decoder", answer=answer,
@@ -115,5 +150,14 @@ CASES = [
             relative_attention_num_buckets=20,
         ),
         Untied,
+    ),
+    *(
+        case(
+            f"t5-{name.lower()}",
+            getattr(transformers, f"{name}Config")(**SMALL),
+            getattr(transformers, f"{name}ForConditionalGeneration"),
+            steps,
+        )
+        for name, steps in (("MT5", mt5), ("UMT5", umt5))
     ),
 ]  # fmt: skip
