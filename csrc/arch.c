@@ -76,6 +76,9 @@ static const struct sm_arch archs[] = {
      .norm = SM_NORM_LAYER, .norms = SM_NORMS_OF_SUM, .ffn = SM_FFN_GELU_ERF, .bias = SM_BIAS_LAYERS},
     {.name = "nomic-bert", .models = "nomic-embed-text v1 and v1.5", .is_encoder = true,
      .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER, .norms = SM_NORMS_OF_SUM},
+    {.name = "modern-bert", .models = "ModernBERT, gte-modernbert, granite-embedding R2", .is_encoder = true,
+     .rope = SM_ROPE_HALVES, .norm = SM_NORM_LAYER_PLAIN, .embed_norm = true, .ffn = SM_FFN_GEGLU_ERF,
+     .gate_in_up = true, .window_period = 3, .window_later = true},
 };
 
 int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_error *err) {
@@ -309,7 +312,7 @@ static void read_window(struct reader *r, struct sm_hparams *h) {
     if (flags.n == 0) period = read_int(r, pattern, period, 0, SM_LAYERS_MAX);
     for (int i = 0; i < h->n_layer && r->status == SMALLM_OK && h->window > 0; i++)
         h->windowed[i] = flags.n > 0   ? sm_gguf_array_int(&flags, (size_t)i) != 0
-                         : period == 0 || i % period < period - 1;
+                         : period == 0 || i % period != (r->arch->window_later ? 0 : period - 1);
 }
 
 /* Factors and soft caps; keys come before what the row says. */
@@ -336,21 +339,24 @@ static void read_activation(struct reader *r, struct sm_hparams *h) {
     static const struct {
         const char *name;
         enum sm_ffn_kind kind;
-    } known[] = {{"silu", SM_FFN_SWIGLU}, {"relu2", SM_FFN_RELU2GLU}};
-    struct sm_str name = {"silu", 4};
+    } known[] = {{"gelu", SM_FFN_GEGLU_ERF}, {"silu", SM_FFN_SWIGLU}, {"relu2", SM_FFN_RELU2GLU}};
+    struct sm_str name = {"", 0};
     bool found;
     h->ffn = r->arch->ffn;
     if (r->arch->relu_ungated && sm_gguf_find_tensor(r->g, "dec.blk.0.ffn_gate.weight") == NULL)
         h->ffn = SM_FFN_RELU;
-    if (h->ffn != SM_FFN_SWIGLU || r->status != SMALLM_OK) return;
+    bool exact = h->ffn == SM_FFN_GEGLU_ERF; /* elsewhere a gelu might be either form */
+    if ((h->ffn != SM_FFN_SWIGLU && !exact) || r->status != SMALLM_OK) return;
     r->status = sm_gguf_get_string(r->g, full_key(r, "hidden_activation"), &name, &found, r->err);
-    for (size_t i = 0; i < SM_COUNT(known); i++)
+    if (r->status != SMALLM_OK || !found) return;
+    for (size_t i = exact ? 0 : 1; i < SM_COUNT(known); i++)
         if (sm_str_is(name, known[i].name)) {
             h->ffn = known[i].kind;
             return;
         }
     char shown[32];
-    refuse(r, r->key, sm_printable(shown, sizeof shown, name.s, name.n), "silu and relu2");
+    refuse(r, r->key, sm_printable(shown, sizeof shown, name.s, name.n),
+           exact ? "gelu, silu and relu2" : "silu and relu2");
 }
 
 /* The layers of a decoder alone, or of a decoder and of the encoder beside it. */
@@ -458,8 +464,8 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     if (r.status == SMALLM_OK && causal == arch->is_encoder)
         refuse(&r, r.key, causal ? "true" : "false",
                arch->is_encoder ? "this architecture with false" : "causal models");
-    if (arch->is_encoder && h->window > 0)
-        refuse(&r, full_key(&r, "attention.sliding_window"), "not 0", "encoders without windows");
+    if (arch->is_encoder && h->window > 0 && arch->window_period == 0)
+        refuse(&r, full_key(&r, "attention.sliding_window"), "not 0", "this architecture without windows");
     if (arch->is_encoder && h->n_state_layer > 0)
         refuse(&r, full_key(&r, "attention.head_count_kv"), "0 in a layer", "encoders that attend");
     judge_rest(&r);
@@ -493,7 +499,9 @@ struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hp
     if (arch->turns_windows && h->window > 0) turns = windowed;
     int rank = 0;
     for (int i = 0; i < layer; i++) rank += h->recurrent[i] == h->recurrent[layer];
-    return (struct sm_layer_plan){.window = windowed ? h->window : 0,
+    int behind = arch->is_encoder ? h->window / 2 : 0;
+    return (struct sm_layer_plan){.window = !windowed ? 0 : arch->is_encoder ? behind + 1 : h->window,
+                                  .behind = windowed ? behind : 0,
                                   .rope = !turns ? -1 : h->n_rope == 2 && windowed ? 1 : 0,
                                   .mixer = !h->recurrent[layer] ? SM_MIXER_ATTENTION
                                            : h->n_ssm_head > 0  ? SM_MIXER_SSM

@@ -40,9 +40,10 @@ enum sm_ffn_kind {
     SM_FFN_SWIGLU, /* silu(W_gate x) * W_up x */
     SM_FFN_SWIGLU_CLAMPED, /* a variant with limits, of experts only: kernels.h */
     SM_FFN_GEGLU,  /* gelu(W_gate x) * W_up x, the tanh form */
+    SM_FFN_GEGLU_ERF, /* the same, the exact form */
     SM_FFN_RELU2GLU, /* relu(W_gate x)^2 * W_up x */
     SM_FFN_GELU,   /* gelu(W_up x), the tanh form */
-    SM_FFN_GELU_ERF, /* the same, the exact form */
+    SM_FFN_GELU_ERF, /* that, the exact form */
     SM_FFN_RELU    /* relu(W_up x) */
 };
 
@@ -89,8 +90,9 @@ struct sm_arch {
     enum sm_rope_style rope;
     enum sm_norm_kind norm;
     enum sm_norm_place norms;
+    bool embed_norm;      /* of embeddings; attention's in the first layer is then there if its tensor is */
     enum sm_qk_norm qk_norm;
-    enum sm_ffn_kind ffn; /* where it is SWIGLU, the key hidden_activation comes first */
+    enum sm_ffn_kind ffn; /* where it is SWIGLU or GEGLU_ERF, the key hidden_activation comes first */
     bool relu_ungated;    /* it is a relu in files whose first layer has no gate */
     enum sm_bias_rule bias;
     enum sm_router_kind router;
@@ -107,6 +109,7 @@ struct sm_arch {
     int window;         /* of files that do not name theirs; 0: none */
     /* Of every so many layers the last ... 0: none is different. */
     int window_period;  /* ... has no window; the file's pattern comes first */
+    bool window_later;  /* ... but the first, with which every period begins */
     int unturned_period; /* ... has no rope */
     bool turns_windows; /* in models with windows only layers with one have rope */
     double local_base;  /* rope's base in layers with a window; 0: as in the others */
@@ -138,7 +141,9 @@ struct sm_hparams {
     int n_buckets;      /* of distances that share a bias; 0: scores have none */
     int head;           /* size of one head's q, k and v */
     int n_rot;          /* leading dimensions of a head that rope turns, even */
-    int window;         /* positions a query sees in layers with a window, its own included */
+    /* Positions a query sees in layers with a window, its own included; encoders: half as many, rounded
+     * down, on both sides of its own. */
+    int window;
     bool recurrent[SM_LAYERS_MAX]; /* [n_layer] whether a layer carries a state in place of K and V */
     bool windowed[SM_LAYERS_MAX]; /* [n_layer] whether a layer has a window */
     int n_expert, n_used;       /* experts of a layer, and of them those that a token uses; 0: none */
@@ -169,7 +174,8 @@ struct sm_hparams {
 
 /* What differs from layer to layer and is no tensor. */
 struct sm_layer_plan {
-    int window; /* positions a query sees, its own included; 0: all */
+    int window; /* positions a query sees up to its own, which is one of them; 0: all */
+    int behind; /* where that is not 0: positions that it sees behind its own */
     int rope;   /* the table of angles; -1: q and k do not turn */
     enum sm_mixer mixer;
     int rank;   /* among the layers with a cache of its kind */

@@ -41,6 +41,7 @@ enum need {
 #define NORMS_BEFORE (WEIGHED && (arch->norms == SM_NORMS_BEFORE || arch->norms == SM_NORMS_AROUND))
 #define NORMS_AFTER (arch->norms == SM_NORMS_AFTER || arch->norms == SM_NORMS_AROUND)
 #define NORMS_OF_SUM (arch->norms == SM_NORMS_OF_SUM)
+#define NORM_OF_EMBEDDINGS (NORMS_OF_SUM || arch->embed_norm)
 #define HAS(suffix) has_tensor(l, index, suffix)
 /* Norms of single heads are there for q and k, or for neither. */
 #define QK_NORM(other)                                                               \
@@ -319,10 +320,10 @@ static int bind_all(struct loader *l, float **rope_factors) {
     status = bind_vector(l, "output_norm.bias", IF(!NORMS_OF_SUM && arch->norm == SM_NORM_LAYER), n_embd,
                          &m->output_norm_b);
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "token_embd_norm.weight", IF(NORMS_OF_SUM), n_embd, &m->embed_norm);
+    status = bind_vector(l, "token_embd_norm.weight", IF(NORM_OF_EMBEDDINGS), n_embd, &m->embed_norm);
     if (status != SMALLM_OK) return status;
-    status = bind_vector(l, "token_embd_norm.bias", IF(NORMS_OF_SUM && arch->norm == SM_NORM_LAYER), n_embd,
-                         &m->embed_norm_b);
+    status = bind_vector(l, "token_embd_norm.bias", IF(NORM_OF_EMBEDDINGS && arch->norm == SM_NORM_LAYER),
+                         n_embd, &m->embed_norm_b);
     if (status != SMALLM_OK) return status;
     /* As many rows as the file has: only the first is read. */
     const struct sm_tensor_info *types = sm_gguf_find_tensor(l->g, "token_types.weight");

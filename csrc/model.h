@@ -96,6 +96,7 @@ static inline sm_gated_fn *sm_model_gate(const struct sm_model *m) {
     case SM_FFN_SWIGLU: return m->kernels->swiglu;
     case SM_FFN_SWIGLU_CLAMPED: return m->kernels->swiglu_clamped;
     case SM_FFN_GEGLU: return m->kernels->geglu;
+    case SM_FFN_GEGLU_ERF: return m->kernels->geglu_erf;
     case SM_FFN_RELU2GLU: return m->kernels->relu2glu;
     case SM_FFN_GELU:
     case SM_FFN_GELU_ERF:

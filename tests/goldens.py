@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -228,6 +229,50 @@ class Golden:
             edit(tensors)
         tiny._write(path, self.arch, kvs, tensors)
         return path
+
+
+# Other values of keys; a file that has the key must answer something else.
+OTHER_VALUES: dict[str, Any] = {
+    "rope.freq_base": 1e6,
+    "rope.dimension_count": 4,
+    "rope.scaling.factor": 1.5,
+    "rope.scaling.original_context_length": 512,
+    "rope.scaling.yarn_beta_fast": 20.0,
+    "rope.scaling.yarn_beta_slow": 0.01,
+    "attention.layer_norm_epsilon": 0.05,
+    "attention.layer_norm_rms_epsilon": 0.05,
+    "attention.sliding_window": 90,
+    "attention.sliding_window_pattern": 2,
+    "rope.freq_base_swa": 300.0,
+    "attention.scale": 0.5,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 1.0,
+    "embedding_scale": 2.0,
+    "residual_scale": 1.5,
+    "logit_scale": 0.5,
+    "expert_used_count": 2,
+    "attention.max_alibi_bias": 4.0,
+    "attention.clamp_kqv": 0.2,
+    "rope.scaling.attn_factor": 1.7,
+}
+
+
+def tiers() -> list[str]:
+    """Those this CPU can run, the best last."""
+    from smallm import _ffi
+
+    info = _ffi.ffi.new("smallm_cpu_info *", {"size": _ffi.ffi.sizeof("smallm_cpu_info")})
+    assert _ffi.lib.smallm_cpu(info, _ffi.ffi.NULL) == 0
+    return _ffi.ffi.string(info.available).decode().split(",")
+
+
+def quantize(tensors: dict[str, Tensor]) -> None:
+    """Matrices as Q8_0: activations are rounded, integer kernels run.  As in published files not
+    norms and convolutions, and not routers: a token would get other experts."""
+    for name, t in tensors.items():
+        kept = re.search(r"_norm\.|ffn_gate_inp|\.conv\.|conv1d|attn_rel_b", name)
+        if len(t.shape) >= 2 and name.endswith(".weight") and not kept:
+            tensors[name] = Tensor.encode(t.values(), "Q8_0", np.random.default_rng(0))
 
 
 def small_vocabulary() -> dict[str, Any]:

@@ -19,12 +19,11 @@ import numpy as np
 import pytest
 import tiny
 from gguf import GGMLQuantizationType as GgmlType
-from goldens import Golden
+from goldens import OTHER_VALUES, Golden, quantize, tiers
 from tiny import Tensor
 
 import smallm
 import smallm.convert
-from smallm import _ffi
 
 NAMES = sorted(goldens.names() + goldens.names("encoder-decoder"))
 ENCODERS = goldens.names("encoder")  # test_encoders.py runs them
@@ -67,21 +66,6 @@ def test_the_logits_are_those_of_transformers(golden: Golden, chunk: int | None)
     assert golden.error(got) < EXACT
     got = compute(golden.path, golden.ids, chunk, threads=2)
     assert np.abs(got[golden.rows] - golden.logits).max() < ROUNDED * np.ptp(golden.logits)
-
-
-def tiers() -> list[str]:
-    info = _ffi.ffi.new("smallm_cpu_info *", {"size": _ffi.ffi.sizeof("smallm_cpu_info")})
-    assert _ffi.lib.smallm_cpu(info, _ffi.ffi.NULL) == 0
-    return _ffi.ffi.string(info.available).decode().split(",")
-
-
-def quantize(tensors: dict[str, Tensor]) -> None:
-    """Matrices as Q8_0: activations are rounded, integer kernels run.  As in published files not
-    norms and convolutions, and not routers: a token would get other experts."""
-    for name, t in tensors.items():
-        kept = re.search(r"_norm\.|ffn_gate_inp|\.conv\.|conv1d|attn_rel_b", name)
-        if len(t.shape) >= 2 and name.endswith(".weight") and not kept:
-            tensors[name] = Tensor.encode(t.values(), "Q8_0", np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["F32", "Q8_0"])
@@ -137,6 +121,7 @@ BROKEN = {
         "SM_NORM_LAYER_BARE": "rms norm",
     },
     "norms": "no norm after attention",
+    "embed_norm": "first layer normed",
     "qk_norm": {
         "SM_QK_NORM_HEAD": "(no )?norm of (q|queries)",
         "SM_QK_NORM_HEADS": "no norm of q",
@@ -146,6 +131,7 @@ BROKEN = {
         "SM_FFN_SWIGLU": "gelu in place of silu|squared relu in place of silu",
         "SM_FFN_SWIGLU_CLAMPED": "no limits",
         "SM_FFN_GEGLU": "the other gelu",
+        "SM_FFN_GEGLU_ERF": "the other gelu",
         "SM_FFN_GELU": "the other gelu",
         "SM_FFN_GELU_ERF": "the other gelu",
     },
@@ -164,6 +150,7 @@ BROKEN = {
     "gate_in_up": "gate and up exchanged",
     "window": "no window",
     "window_period": "windows everywhere|windows of the other layers",
+    "window_later": "windows of the other layers",
     "unturned_period": "rope everywhere",
     "turns_windows": "rope everywhere",
     "local_base": "one rope for all layers",
@@ -224,30 +211,6 @@ def uniform(tensors: dict[str, Tensor]) -> None:
             t.data[:] = 0
         elif "attn_qkv." in name:
             t.data[: tensors["blk.0.attn_output.weight"].shape[1]] = 0
-
-
-# Other values of keys; a file that has the key must answer something else.
-OTHER_VALUES = {
-    "rope.freq_base": 1e6,
-    "rope.dimension_count": 4,
-    "rope.scaling.factor": 1.5,
-    "rope.scaling.original_context_length": 512,
-    "rope.scaling.yarn_beta_fast": 20.0,
-    "rope.scaling.yarn_beta_slow": 0.01,
-    "attention.layer_norm_epsilon": 0.05,
-    "attention.layer_norm_rms_epsilon": 0.05,
-    "attention.sliding_window": 90,
-    "attention.scale": 0.5,
-    "attn_logit_softcapping": 1.0,
-    "final_logit_softcapping": 1.0,
-    "embedding_scale": 2.0,
-    "residual_scale": 1.5,
-    "logit_scale": 0.5,
-    "expert_used_count": 2,
-    "attention.max_alibi_bias": 4.0,
-    "attention.clamp_kqv": 0.2,
-    "rope.scaling.attn_factor": 1.7,
-}
 
 
 FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")

@@ -57,6 +57,7 @@
  * h = expf(-(x * x * 0.5f)) * (q * t); x < 0: x * h, else fma(-x, h, x): the exact form
  * 0.5 x (1 + erf(x / sqrt 2)), whose error is below 2e-7 |x|.  h is 1 - that factor for |x|, which has
  * no step near 0 and no cancellation far from it.
+ * geglu(gate, up) = gelu(gate) * up; geglu_erf the same with gelu_erf.
  * relu(x) = x < 0 ? 0 : x, where NaN stays.
  * softcap(x, cap): u = expf(x * (2 / cap)); cap * ((u - 1) / (u + 1)), which is cap tanh(x / cap).
  * swiglu_clamped: g = min(gate, 7), u = max(-7, min(up, 7)), where NaN stays;
@@ -227,6 +228,7 @@ struct sm_kernels {
     sm_gated_fn *swiglu;   /* silu(gate) * up */
     sm_gated_fn *swiglu_clamped;
     sm_gated_fn *geglu;    /* gelu(gate) * up */
+    sm_gated_fn *geglu_erf; /* gelu_erf(gate) * up */
     sm_gated_fn *relu2glu; /* relu(gate)^2 * up */
     void (*gelu)(float *out, const float *x, size_t n);
     void (*gelu_erf)(float *out, const float *x, size_t n);

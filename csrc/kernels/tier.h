@@ -15,7 +15,8 @@ void SM_NAME(sm_init_matmul)(struct sm_kernels *k);  /* matmul.c */
 /* Slots that init.c takes from its neighbours. */
 sm_prepare_fn SM_NAME(sm_prepare_f32), SM_NAME(sm_prepare_q8_32), SM_NAME(sm_prepare_q8_256);
 sm_attend_fn SM_NAME(sm_attend);
-sm_gated_fn SM_NAME(sm_swiglu), SM_NAME(sm_swiglu_clamped), SM_NAME(sm_geglu), SM_NAME(sm_relu2glu);
+sm_gated_fn SM_NAME(sm_swiglu), SM_NAME(sm_swiglu_clamped), SM_NAME(sm_geglu), SM_NAME(sm_geglu_erf),
+    SM_NAME(sm_relu2glu);
 void SM_NAME(sm_attend_fold)(float *M, float *L, float *O, float m, float l, const float *o,
                              size_t head);
 void SM_NAME(sm_attend_finish)(float *out, const float *O, float L, size_t head);

@@ -25,7 +25,10 @@ static const struct sm_seq *seq_of(const struct sm_attention *a, size_t t) {
     return a->across ? a->p->batch->sources[t] : a->p->batch->seqs[t];
 }
 static int end_of(const struct sm_attention *a, size_t t) {
-    return a->across ? a->p->batch->sources[t]->n : a->p->batch->ends[t];
+    const struct sm_layer_plan *plan = &a->weights->plan;
+    if (a->across) return a->p->batch->sources[t]->n;
+    int end = a->p->batch->ends[t];
+    return plan->window > 0 ? SM_MIN(end, a->p->batch->positions[t] + 1 + plan->behind) : end;
 }
 
 /* Of the query heads of a kv head those that go together, at most SM_ATTEND_MAX. */

@@ -733,6 +733,37 @@ def nomic(c: Config) -> Keys:
     return rope(c) | {"context_length": length}
 
 
+def modern(c: Config) -> Keys:
+    """Of every so many layers the first sees all of the text, the others a window; each kind has a
+    base of rope.  Configs name these in two ways."""
+    period = c.integer("global_attn_every_n_layers", default=3)
+    if period < 1:
+        raise c.refuse("global_attn_every_n_layers", ["1 or more"])
+    types = [f"{'sliding' if i % period else 'full'}_attention" for i in range(c.n_layer)]
+    if c.get("layer_types", default=types) != types:
+        raise c.refuse("layer_types", [types])
+    both, bases = c.get("rope_parameters", default={}), {}
+    for kind, name, usual in (("full", "global", 160000.0), ("sliding", "local", 10000.0)):
+        base = c.number(f"{name}_rope_theta", default=usual)
+        parameters = {"rope_type": "default", "rope_theta": base} | both.get(
+            f"{kind}_attention", {}
+        )
+        if parameters["rope_type"] != "default" or c.get("rope_scaling") is not None:
+            raise UnsupportedModelError(
+                f"{c.path}: the rope of {kind} attention is scaled; this version takes it as it is"
+            )
+        bases[kind] = float(parameters["rope_theta"])
+    keys: Keys = {
+        "attention.sliding_window": c.integer("local_attention", default=128),
+        "attention.sliding_window_pattern": period,
+        "attention.layer_norm_epsilon": c.number("norm_eps", "layer_norm_eps", default=1e-5),
+        "rope.freq_base": bases["full"],
+        "rope.freq_base_swa": bases["sliding"],
+    }
+    activation = c.get("hidden_activation", default="gelu")
+    return keys if activation == "gelu" else keys | {"hidden_activation": activation}
+
+
 ENCODER: tuple[Rule, ...] = (
     (
         r"(?:bert\.)?embeddings\.(token_type|position)_embeddings\.weight",
@@ -744,6 +775,17 @@ ENCODER: tuple[Rule, ...] = (
     (r"(?:bert\.)?pooler\.dense\.(?:weight|bias)", lambda m, c: []),
     (r"(?:bert\.)?embeddings\.position_ids", lambda m, c: []),
 )
+
+
+# Names of layers' tensors, which the gguf package has for checkpoints without a head.
+MODERN = {
+    "attn_norm": "attn_norm",
+    "attn.Wqkv": "attn_qkv",
+    "attn.Wo": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.Wi": "ffn_up",
+    "mlp.Wo": "ffn_down",
+}
 
 
 def decoder_layers(c: Config) -> int:
@@ -1172,6 +1214,33 @@ FAMILIES: tuple[Family, ...] = (
             "use_rms_norm": (False,),
         },
         rules=ENCODER,
+    ),
+    Family(
+        "modern-bert",
+        ("ModernBertModel", "ModernBertForMaskedLM"),
+        (base, ffn, encoder, modern),
+        expect={
+            "hidden_activation": ("gelu", "silu"),
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "norm_bias": (False,),
+        },
+        rules=(
+            # Made for other tasks than embeddings.
+            (r"(?:head\.dense|head\.norm|decoder)\.(?:weight|bias)", lambda m, c: []),
+            (
+                r"model\.embeddings\.tok_embeddings\.weight",
+                lambda m, c: [Piece("token_embd.weight")],
+            ),
+            (r"model\.embeddings\.norm\.weight", lambda m, c: [Piece("token_embd_norm.weight")]),
+            (r"model\.final_norm\.weight", lambda m, c: [Piece("output_norm.weight")]),
+            (
+                r"model\.layers\.(\d+)\.(attn_norm|attn\.Wqkv|attn\.Wo|mlp_norm|mlp\.Wi|mlp\.Wo)"
+                r"\.weight",
+                lambda m, c: [Piece(f"blk.{m[1]}.{MODERN[m[2]]}.weight")],
+            ),
+        ),
+        uniform=False,
     ),
 )
 

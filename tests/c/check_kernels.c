@@ -1042,6 +1042,14 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.gelu_erf(got, got, n);
         compare(tiers[i].name, "gelu_erf in place", got, want, n);
     }
+    for (size_t i = 0; i < n; i++) want[i] *= w[i]; /* gelu_erf(x), from above */
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.geglu_erf(got, x, w, n);
+        compare(tiers[i].name, "geglu_erf", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.geglu_erf(got, got, w, n);
+        compare(tiers[i].name, "geglu_erf in place", got, want, n);
+    }
     for (size_t i = 0; i < n; i++) want[i] = x[i] < 0 ? 0 : x[i];
     for (size_t i = 0; i < n_tiers; i++) {
         tiers[i].k.relu(got, x, n);

@@ -111,7 +111,8 @@ def centred_norms(model: Any) -> Iterator[None]:
 
 def rms_norm(self: Any, x: Any) -> Any:
     """In place of a layer norm's forward."""
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
+    y = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+    return y if self.bias is None else y + self.bias
 
 
 def identity(x: Any) -> Any:

@@ -86,14 +86,20 @@ void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = gelu(x[i]);
 }
 
-void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n) {
+static float gelu_erf(float x) {
     static const float Q[] = SM_GELU_ERF_Q;
-    for (size_t i = 0; i < n; i++) {
-        float t = 1.0f / sm_fma(SM_GELU_ERF_P, fabsf(x[i]), 1.0f), q = Q[0];
-        for (size_t j = 1; j < SM_COUNT(Q); j++) q = sm_fma(q, t, Q[j]);
-        float h = sm_expf(-(x[i] * x[i] * 0.5f)) * (q * t);
-        out[i] = x[i] < 0 ? x[i] * h : sm_fma(-x[i], h, x[i]);
-    }
+    float t = 1.0f / sm_fma(SM_GELU_ERF_P, fabsf(x), 1.0f), q = Q[0];
+    for (size_t j = 1; j < SM_COUNT(Q); j++) q = sm_fma(q, t, Q[j]);
+    float h = sm_expf(-(x * x * 0.5f)) * (q * t);
+    return x < 0 ? x * h : sm_fma(-x, h, x);
+}
+
+void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = gelu_erf(x[i]);
+}
+
+void SM_NAME(sm_geglu_erf)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = gelu_erf(gate[i]) * up[i];
 }
 
 void SM_NAME(sm_relu)(float *out, const float *x, size_t n) {

@@ -19,6 +19,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
         .swiglu = SM_NAME(sm_swiglu),
         .swiglu_clamped = SM_NAME(sm_swiglu_clamped),
         .geglu = SM_NAME(sm_geglu),
+        .geglu_erf = SM_NAME(sm_geglu_erf),
         .relu2glu = SM_NAME(sm_relu2glu),
         .gelu = SM_NAME(sm_gelu),
         .gelu_erf = SM_NAME(sm_gelu_erf),

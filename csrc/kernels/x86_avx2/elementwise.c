@@ -126,19 +126,26 @@ void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i += 8) store(out, i, n, gelu8(load(x, i, n)));
 }
 
-void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n) {
+static __m256 gelu_erf8(__m256 v) {
     static const float Q[] = SM_GELU_ERF_Q;
     const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
-    for (size_t i = 0; i < n; i += 8) {
-        __m256 v = load(x, i, n), q = _mm256_set1_ps(Q[0]);
-        __m256 t = _mm256_fmadd_ps(_mm256_set1_ps(SM_GELU_ERF_P), _mm256_andnot_ps(sign, v), one);
-        t = _mm256_div_ps(one, t);
-        for (size_t j = 1; j < SM_COUNT(Q); j++) q = _mm256_fmadd_ps(q, t, _mm256_set1_ps(Q[j]));
-        __m256 square = _mm256_mul_ps(_mm256_mul_ps(v, v), _mm256_set1_ps(0.5f));
-        __m256 h = _mm256_mul_ps(expf8(_mm256_xor_ps(square, sign)), _mm256_mul_ps(q, t));
-        __m256 below = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ);
-        store(out, i, n, _mm256_blendv_ps(_mm256_fnmadd_ps(v, h, v), _mm256_mul_ps(v, h), below));
-    }
+    __m256 t = _mm256_fmadd_ps(_mm256_set1_ps(SM_GELU_ERF_P), _mm256_andnot_ps(sign, v), one);
+    __m256 q = _mm256_set1_ps(Q[0]);
+    t = _mm256_div_ps(one, t);
+    for (size_t j = 1; j < SM_COUNT(Q); j++) q = _mm256_fmadd_ps(q, t, _mm256_set1_ps(Q[j]));
+    __m256 square = _mm256_mul_ps(_mm256_mul_ps(v, v), _mm256_set1_ps(0.5f));
+    __m256 h = _mm256_mul_ps(expf8(_mm256_xor_ps(square, sign)), _mm256_mul_ps(q, t));
+    __m256 below = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ);
+    return _mm256_blendv_ps(_mm256_fnmadd_ps(v, h, v), _mm256_mul_ps(v, h), below);
+}
+
+void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i += 8) store(out, i, n, gelu_erf8(load(x, i, n)));
+}
+
+void SM_NAME(sm_geglu_erf)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 8)
+        store(out, i, n, _mm256_mul_ps(gelu_erf8(load(gate, i, n)), load(up, i, n)));
 }
 
 void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n) {

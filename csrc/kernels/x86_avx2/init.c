@@ -14,6 +14,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->swiglu = SM_NAME(sm_swiglu);
     k->swiglu_clamped = SM_NAME(sm_swiglu_clamped);
     k->geglu = SM_NAME(sm_geglu);
+    k->geglu_erf = SM_NAME(sm_geglu_erf);
     k->relu2glu = SM_NAME(sm_relu2glu);
     k->gelu = SM_NAME(sm_gelu);
     k->gelu_erf = SM_NAME(sm_gelu_erf);

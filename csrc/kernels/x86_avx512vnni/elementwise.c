@@ -58,20 +58,31 @@ void SM_NAME(sm_gelu)(float *out, const float *x, size_t n) {
     }
 }
 
-void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n) {
+static __m512 gelu_erf16(__m512 v) {
     static const float Q[] = SM_GELU_ERF_Q;
     const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
+    __m512 t = _mm512_fmadd_ps(_mm512_set1_ps(SM_GELU_ERF_P), _mm512_andnot_ps(sign, v), one);
+    __m512 q = _mm512_set1_ps(Q[0]);
+    t = _mm512_div_ps(one, t);
+    for (size_t j = 1; j < SM_COUNT(Q); j++) q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(Q[j]));
+    __m512 square = _mm512_mul_ps(_mm512_mul_ps(v, v), _mm512_set1_ps(0.5f));
+    __m512 h = _mm512_mul_ps(expf16(_mm512_xor_ps(square, sign)), _mm512_mul_ps(q, t));
+    __mmask16 below = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_mask_mul_ps(_mm512_fnmadd_ps(v, h, v), below, v, h);
+}
+
+void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = lanes(i, n);
-        __m512 v = _mm512_maskz_loadu_ps(mask, x + i), q = _mm512_set1_ps(Q[0]);
-        __m512 t = _mm512_fmadd_ps(_mm512_set1_ps(SM_GELU_ERF_P), _mm512_andnot_ps(sign, v), one);
-        t = _mm512_div_ps(one, t);
-        for (size_t j = 1; j < SM_COUNT(Q); j++) q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(Q[j]));
-        __m512 square = _mm512_mul_ps(_mm512_mul_ps(v, v), _mm512_set1_ps(0.5f));
-        __m512 h = _mm512_mul_ps(expf16(_mm512_xor_ps(square, sign)), _mm512_mul_ps(q, t));
-        __mmask16 below = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
-        __m512 y = _mm512_mask_mul_ps(_mm512_fnmadd_ps(v, h, v), below, v, h);
-        _mm512_mask_storeu_ps(out + i, mask, y);
+        _mm512_mask_storeu_ps(out + i, mask, gelu_erf16(_mm512_maskz_loadu_ps(mask, x + i)));
+    }
+}
+
+void SM_NAME(sm_geglu_erf)(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 mask = lanes(i, n);
+        __m512 g = gelu_erf16(_mm512_maskz_loadu_ps(mask, gate + i));
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i)));
     }
 }
 

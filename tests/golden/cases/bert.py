@@ -22,6 +22,7 @@ from case import (
     values,
 )
 from transformers.models.bert import modeling_bert
+from transformers.models.modernbert import modeling_modernbert
 from transformers.models.nomic_bert import modeling_nomic_bert
 
 
@@ -40,7 +41,7 @@ def causal(module: Any) -> Any:
     def masked(layer: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
         n = q.shape[-2]
         later = torch.full((n, n), float("-inf"), dtype=q.dtype).triu(1)[None, None]
-        return forward(layer, q, k, v, later, **options)
+        return forward(layer, q, k, v, later if mask is None else mask + later, **options)
 
     return patch(module, "eager_attention_forward", masked)
 
@@ -82,6 +83,43 @@ def nomic(model: Any) -> Steps:
     }
 
 
+def modern(model: Any) -> Steps:
+    module, layers, rope = modeling_modernbert, model.layers, model.rotary_emb
+    feeds, width = [layer.mlp for layer in layers], model.config.local_attention
+    full_mask = module.create_bidirectional_mask
+
+    def kinds(*windowed: int) -> Any:
+        """Only these layers have a window and its rope."""
+        return values(
+            *(
+                (layer, "attention_type", f"{'sliding' if i in windowed else 'full'}_attention")
+                for i, layer in enumerate(layers)
+            )
+        )
+
+    def exchanged(weight: Any) -> Any:
+        return torch.nn.Parameter(weight.roll(len(weight) // 2, 0))
+
+    plain = torch.nn.functional.layer_norm
+    return {
+        "causal": causal(module),
+        "no norm of embeddings": swapped([model.embeddings], "norm", identity),
+        "first layer normed": swapped([layers[0]], "attn_norm", lambda x: plain(x, x.shape[-1:])),
+        "rms norm": patch(torch.nn.LayerNorm, "forward", rms_norm),
+        "no rope": patch(module, "apply_rotary_pos_emb", no_rope),
+        "rope on pairs": patch(module, "apply_rotary_pos_emb", rope_on_pairs),
+        "one rope for all layers": values(
+            (rope, "sliding_attention_inv_freq", rope.full_attention_inv_freq)
+        ),
+        "the other gelu": swapped(feeds, "act", gelu_tanh),
+        "gate and up exchanged": values(*((f.Wi, "weight", exchanged(f.Wi.weight)) for f in feeds)),
+        "no window": patch(module, "create_bidirectional_sliding_window_mask", full_mask),
+        "window twice as wide": values((model.config, "local_attention", 2 * width)),
+        "windows everywhere": kinds(0, 1, 2, 3),
+        "windows of the other layers": kinds(0, 1, 3),
+    }
+
+
 SMALL: dict[str, Any] = dict(
     vocab_size=N_VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, max_position_embeddings=512, pad_token_id=3,
@@ -117,6 +155,29 @@ CASES = [
             r".*\.norm\d\.weight|emb_ln\.weight": (1.0, 0.25),
             r".*\.attn\.Wqkv\.weight": (0.0, 0.25),
             r".*\.mlp\.fc\d+\.weight": (0.0, 0.25),
+        },
+        kind="encoder",
+        answer=means,
+    ),
+    Case(
+        "modern-bert",
+        "modern-bert",
+        transformers.ModernBertConfig(
+            **SMALL | {"num_hidden_layers": 4},
+            local_attention=48,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+        transformers.ModernBertModel,
+        modern,
+        subtle=("the other gelu",),
+        scales={
+            r"embeddings\.tok_embeddings\.weight": (0.0, 0.35),
+            r".*\.attn\.Wqkv\.weight": (0.0, 0.45),
+            r".*\.mlp\.Wi\.weight": (0.0, 0.15),
+            r".*\.mlp\.Wo\.weight": (0.0, 1.5),
         },
         kind="encoder",
         answer=means,
