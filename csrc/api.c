@@ -328,6 +328,9 @@ static int judge_submit(const smallm_request_params *p, struct sm_engine_limits 
     int rc = judge_ids("tokens", p->tokens, p->n_tokens, limits, err);
     if (rc == SMALLM_OK && p->embedding) rc = judge_embedding(p, limits, err);
     if (rc == SMALLM_OK) rc = judge_source(p, limits, err);
+    if (rc == SMALLM_OK && p->n_logits > p->n_tokens)
+        rc = sm_fail(err, SMALLM_E_ARGUMENT, "n_logits is %zu; allowed is 0 .. n_tokens, %zu", p->n_logits,
+                     p->n_tokens);
     if (rc == SMALLM_OK) rc = judge_range("max_tokens", p->max_tokens, 0, INT32_MAX, "", err);
     if (rc == SMALLM_OK)
         rc = judge_range("n_logprobs", p->n_logprobs, -1, MAX_LOGPROBS, " (-1: none)", err);

@@ -83,7 +83,8 @@ struct smallm_request {
     uint64_t t_unsaid; /* when the oldest chunk was pushed that the reader was not woken for, or 0 */
     struct sm_adaptation adaptation;
     smallm_adapter *adapter; /* the same, held until the request is freed */
-    float *logits;   /* the caller's [n_prompt][n_vocab], or NULL */
+    float *logits;   /* the caller's [n_prompt - n_skip][n_vocab], or NULL */
+    int32_t n_skip;  /* tokens of the prompt whose logits are not wanted */
     float *embedding; /* the caller's [n_embd], or NULL */
     float *hidden;   /* [most tokens in a pass][n_embd] and */
     double *sum;     /* [n_embd] of them, where an embedding is wanted; else NULL */
@@ -504,10 +505,10 @@ static int begin(smallm_engine *e, smallm_request *r, const struct source *sourc
 }
 
 /* Starts a request from a fork of the longest prefix that a kept or running sequence shares with
- * it; where there is an encoder, among those with the same source, which is shared, too.  The
- * prompt's last token always runs: its logits are wanted. */
+ * it; where there is an encoder, among those with the same source, which is shared, too.  Tokens
+ * whose logits are wanted always run, as the prompt's last one does. */
 static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
-    int32_t n_most = r->logits || r->embedding ? 0 : r->n_prompt - 1;
+    int32_t n_most = r->embedding ? 0 : r->logits ? r->n_skip : r->n_prompt - 1;
     for (;;) {
         const struct source *source = NULL;
         const struct sm_seq *from = NULL;
@@ -570,8 +571,9 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
         s->want = SM_WANT_HIDDEN;
         s->logits = r->hidden;
     } else if (r->logits && !decode) {
-        s->want = SM_WANT_ALL;
-        s->logits = r->logits + (size_t)done * (size_t)e->n_vocab;
+        s->want = SM_WANT_ROWS;
+        s->n_skip = SM_MIN(SM_MAX(r->n_skip - done, 0), n);
+        s->logits = r->logits + (size_t)SM_MAX(done - r->n_skip, 0) * (size_t)e->n_vocab;
     } else if (last && r->row) {
         s->want = SM_WANT_LAST;
         s->logits = r->row;
@@ -680,7 +682,7 @@ static void advance(smallm_engine *e, const struct sm_span *spans, smallm_reques
                 continue;
             }
         }
-        size_t last_row = spans[i].want == SM_WANT_ALL ? (size_t)spans[i].n - 1 : 0;
+        size_t last_row = spans[i].want == SM_WANT_ROWS ? (size_t)(spans[i].n - spans[i].n_skip - 1) : 0;
         next_token(e, r, spans[i].logits + last_row * (size_t)e->n_vocab);
     }
     if (e->params.timed) e->sample_ns += sm_clock_ns() - started;
@@ -903,6 +905,7 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     r->n_chunk = p->n_chunk ? p->n_chunk : e->params.n_batch;
     r->n_logprobs = p->n_logprobs;
     r->logits = p->logits;
+    r->n_skip = p->n_logits ? (int32_t)(p->n_tokens - p->n_logits) : 0;
     r->adapter = p->adapter;
     sm_adapter_hold(r->adapter);
     if (r->adapter != NULL)

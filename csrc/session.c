@@ -287,12 +287,12 @@ static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_
                 s->hidden[batch->n_hidden] = at;
                 s->states[batch->n_hidden++] = span->logits + t * (size_t)h->n_embd;
             }
-            if (span->want == SM_WANT_ALL || (span->want == SM_WANT_LAST && t + 1 == n)) {
-                size_t row = span->want == SM_WANT_ALL ? t : 0;
+            size_t skip = span->want == SM_WANT_ROWS ? (size_t)span->n_skip : n - 1;
+            if ((span->want == SM_WANT_ROWS || span->want == SM_WANT_LAST) && t >= skip) {
                 s->wanted[batch->n_wanted] = at;
                 s->allowed[batch->n_wanted] = span->want == SM_WANT_LAST ? span->allowed : NULL;
                 s->peaks[batch->n_wanted] = t + 1 == n ? span->peaks : NULL;
-                s->logits[batch->n_wanted++] = span->logits + row * (size_t)h->n_vocab;
+                s->logits[batch->n_wanted++] = span->logits + (t - skip) * (size_t)h->n_vocab;
             }
         }
         const struct sm_seq *seq = span->seq;

@@ -39,7 +39,7 @@ void sm_seq_rewind(struct sm_session *s, struct sm_seq *seq, int n); /* keeps sm
 int sm_seq_length(const struct sm_seq *seq); /* positions held */
 void sm_seq_free(struct sm_session *s, struct sm_seq *seq); /* NULL allowed */
 
-enum sm_want { SM_WANT_NONE, SM_WANT_LAST, SM_WANT_ALL, SM_WANT_HIDDEN };
+enum sm_want { SM_WANT_NONE, SM_WANT_LAST, SM_WANT_ROWS, SM_WANT_HIDDEN };
 
 struct sm_span { /* the next tokens of one sequence */
     struct sm_seq *seq;
@@ -50,8 +50,9 @@ struct sm_span { /* the next tokens of one sequence */
     const int32_t *tokens; /* [n] ids in range */
     int n;
     enum sm_want want;
-    float *logits;         /* NONE: unused; LAST: [n_vocab]; ALL: [n][n_vocab]; HIDDEN: no logits, but
-                            * the hidden states that these are made of, [n][n_embd] */
+    int n_skip;            /* ROWS: the first tokens, 0 .. n, whose logits are not wanted */
+    float *logits;         /* NONE: unused; LAST: [n_vocab]; ROWS: [n - n_skip][n_vocab]; HIDDEN: no
+                            * logits, but the hidden states that these are made of, [n][n_embd] */
     const uint32_t *allowed; /* LAST: [(n_vocab + 31) / 32] tokens that count, NULL: all; logits of the
                               * others may be -infinity */
     struct sm_adaptation adaptation;

@@ -247,8 +247,9 @@ typedef struct smallm_request_params {
     const char *const *stop; /* [n_stop] strings that end the answer and are not part of it */
     const size_t *stop_len;  /* [n_stop] bytes, each > 0 */
     size_t n_stop;
-    float *logits;           /* NULL, or [n_tokens][n_vocab]: filled with the prompt's logits; the
-                                caller keeps it alive until the request is done or freed */
+    float *logits;           /* NULL, or [n_logits][n_vocab]: filled with the logits of the prompt's last
+                                n_logits tokens; the caller keeps it alive until the request is done
+                                or freed */
     int32_t n_chunk;         /* tokens prefilled in one pass, 1 .. n_batch; 0: n_batch */
     float adapter_scale;     /* what `adapter` adds is multiplied by this; 0: 1 */
     smallm_adapter *adapter; /* of the engine's model, or NULL: the model alone */
@@ -261,6 +262,7 @@ typedef struct smallm_request_params {
                                 last layer's as the model says (mean where it does not), of any length.
                                 The caller keeps it alive as with logits, with which it does not go;
                                 max_tokens is 0 */
+    size_t n_logits;         /* rows of `logits`, at most n_tokens; 0: n_tokens */
 } smallm_request_params;
 
 /* Everything in `params` but `logits` and `embedding` is copied, and the adapter is held.  *out is

@@ -376,13 +376,14 @@ def submit(
     adapted: Adaptation | None = None,
     source: Sequence[int] | None = None,
     embedding: CData = None,
+    n_logits: int = 0,
 ) -> CData:
     """Submits `ids` and returns a `smallm_request **` that owns the request.
 
     `source` is what the model's encoder reads, where it has one.  `engine` is asked for the
     engine's box at the last moment.  Without `options` only the prompt is run, with `adapted`.
-    `logits` is a writable [n_ids][n_vocab] buffer, `embedding` one of [n_embd]; both are kept alive
-    as long as the request.
+    `logits` is a writable [n_logits][n_vocab] buffer, for the last n_logits ids (0: all of them),
+    `embedding` one of [n_embd]; both are kept alive as long as the request.
     """
     params, error = new("request_params"), new("error")
     sampling = params.sampling
@@ -395,7 +396,7 @@ def submit(
     params.n_chunk = n_chunk
     params.n_logprobs = -1
     if logits is not None:
-        params.logits = logits
+        params.logits, params.n_logits = logits, n_logits
     if embedding is not None:
         params.embedding = embedding
     if options is not None:

@@ -21,6 +21,7 @@ from ._errors import (
     TemplateError,
 )
 from ._generate import (
+    Adaptation,
     AsyncStream,
     Completion,
     Defaults,
@@ -342,6 +343,7 @@ class Model:
         self,
         ids: Sequence[int],
         *,
+        last: int | None = None,
         source: Sequence[int] | None = None,
         chunk: int | None = None,
         adapter: str | None = None,
@@ -349,6 +351,8 @@ class Model:
     ) -> npt.NDArray[np.float32]:
         """What the model expects after each of `ids`: float32 [n_ids, n_vocab], before softmax.
 
+        last: only after the last so many ids: float32 [last, n_vocab], and what lies before them
+        may come from the cache.
         source: of an encoder-decoder, and only of one: token ids that the encoder reads.  `ids` are
         then the decoder's, which begin with the model's decoder_start_token_id.
         chunk: tokens computed in one pass, 1 .. 512 (the default).  It changes speed and memory,
@@ -356,11 +360,27 @@ class Model:
         adapter, adapter_scale: see smallm.Params.
         ContextOverflowError: more ids, or longer a source, than the context holds.
         """
+        stream, out = self._start_logits(
+            ids, last, source, chunk, adaptation(adapter, adapter_scale, self._adapters)
+        )
+        finish([stream])
+        return out
+
+    def _start_logits(
+        self,
+        ids: Sequence[int],
+        last: int | None,
+        source: Sequence[int] | None = None,
+        chunk: int | None = None,
+        adapted: Adaptation | None = None,
+    ) -> tuple[Stream, npt.NDArray[np.float32]]:
+        """A stream, and what logits() gives, which is there when it has ended."""
         import numpy as np
 
         tokens = token_ids("ids", ids, self._vocabulary)
         if not tokens:
             raise ValueError("ids is empty: give at least one token")
+        n_rows = len(tokens) if last is None else integer("last", last, 1, len(tokens))
         n_chunk = 0 if chunk is None else integer("chunk", chunk, 1, self._engine_info().n_batch)
         self._check_length(tokens)
         if source is not None:
@@ -371,21 +391,18 @@ class Model:
             raise ValueError(
                 f"source is {'given' if source else 'missing or empty'}; {self!r} {kind}"
             )
-        out = np.empty((len(tokens), self._vocabulary), np.float32)
-        buffer = ffi.from_buffer("float[]", out, require_writable=True)
-        adapted = adaptation(adapter, adapter_scale, self._adapters)
+        out = np.empty((n_rows, self._vocabulary), np.float32)
         box = submit(
             lambda: self._live().engine,
             tokens,
             None,
-            logits=buffer,
+            logits=ffi.from_buffer("float[]", out, require_writable=True),
+            n_logits=n_rows,
             n_chunk=n_chunk,
             adapted=adapted,
             source=source,
         )
-        stream = Stream(self, box, 0, -1)
-        finish([stream])
-        return out
+        return Stream(self, box, 0, -1), out
 
     def embed(
         self,
@@ -434,6 +451,16 @@ class Model:
             length = np.sqrt((out.astype(np.float64) ** 2).sum(1, keepdims=True))
             out = (out / np.where(length == 0, 1, length)).astype(np.float32)
         return out
+
+    def perplexity(self, text: str, *, ctx: int = 512) -> float:
+        """exp of the mean surprise per token of `text`, in windows of `ctx` tokens; what these are,
+        and standard errors, stand at smallm.eval.perplexity().
+
+        ValueError: the text has fewer than `ctx` tokens.
+        """
+        from .eval import perplexity
+
+        return perplexity(self, text, ctx=ctx).perplexity
 
     def _embedded(self, name: str, item: object) -> list[int]:
         if isinstance(item, str):

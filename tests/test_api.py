@@ -232,6 +232,12 @@ def test_logits(model: smallm.Model) -> None:
     for chunk, kind in ((0, ValueError), (100_000, ValueError), (1.5, TypeError)):
         with pytest.raises(kind, match="chunk"):
             model.logits(ids, chunk=chunk)  # type: ignore[arg-type]
+    for last in (1, 2, len(ids)):
+        assert (model.logits(ids, last=last) == whole[-last:]).all()
+        assert (model.logits(ids, last=last, chunk=2) == whole[-last:]).all()
+    for last, kind in ((0, ValueError), (len(ids) + 1, ValueError), (1.5, TypeError)):
+        with pytest.raises(kind, match="last"):
+            model.logits(ids, last=last)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ids\[1\]"):
         model.logits([1, model.info.vocabulary])
 

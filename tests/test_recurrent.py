@@ -46,6 +46,14 @@ def same(a: smallm.Completion, b: smallm.Completion) -> bool:
     return a.tokens == b.tokens and a.logprobs == b.logprobs
 
 
+def test_logits_of_the_last_tokens_go_on_from_what_is_known(golden: Golden) -> None:
+    ids = (golden.ids * 8)[:100]
+    with smallm.load(golden.path, threads=2) as model:
+        whole = model.logits(ids)
+        for n, last in ((100, 3), (100, 40), (60, 1), (61, 1), (90, 29), (100, 100)):
+            assert np.array_equal(model.logits(ids[:n], last=last), whole[n - last : n])
+
+
 def test_prompts_go_on_from_what_is_known_of_them(golden: Golden) -> None:
     ids = golden.ids
     with smallm.load(golden.path, threads=2) as model:

@@ -331,6 +331,24 @@ static void check_logits(void) {
               (int)r.stats.n_chunks, chunks[i]);
         CHECK(r.stats.n_cached == 0, "logits of cached tokens are wanted too");
     }
+    /* Of the last tokens only: the same rows, and what lies before comes from the cache. */
+    const size_t lasts[] = {1, 5, 36, 37};
+    for (size_t i = 0; i < 2 * SM_COUNT(lasts); i++) {
+        size_t n = lasts[i / 2], before = (N - n) * (size_t)model_info.n_vocab;
+        smallm_engine *new = i % 2 ? open_engine((smallm_engine_params){.n_batch = 64}) : NULL;
+        memset(cut, 0, n_bytes);
+        p.n_logits = n;
+        p.n_chunk = i % 2 ? 7 : 0;
+        run(new ? new : e, &p, &r);
+        CHECK(memcmp(whole + before, cut, n_bytes - before * sizeof(float)) == 0, "the last %zu", n);
+        CHECK(cut[n_bytes / sizeof(float) - before] == 0 || n == N, "more than the last %zu", n);
+        CHECK(new ? r.stats.n_cached == 0 : r.stats.n_cached <= (int)(N - n), "%d", (int)r.stats.n_cached);
+        smallm_engine_close(new);
+    }
+    p.n_chunk = 0;
+    p.n_logits = 1;
+    run(e, &p, &r);
+    CHECK(r.stats.n_cached == N - 1, "%d cached", (int)r.stats.n_cached);
     /* A greedy answer begins with the best of the last row. */
     p = request(prompt, N, 1);
     p.n_logprobs = 0;
@@ -722,6 +740,7 @@ static void check_refusals(void) {
     REFUSE("n_tokens", p.n_tokens = 0);
     REFUSE("tokens", p.tokens = NULL);
     REFUSE("tokens[1]", p.tokens = bad_id; p.n_tokens = 2; bad_id[1] = -1);
+    REFUSE("n_logits", p.n_logits = p.n_tokens + 1);
     REFUSE("tokens[1]", p.tokens = bad_id; p.n_tokens = 2; bad_id[1] = model_info.n_vocab);
     REFUSE("max_tokens", p.max_tokens = -1);
     REFUSE("n_logprobs", p.n_logprobs = 65);
