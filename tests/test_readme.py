@@ -13,6 +13,7 @@ from pathlib import Path
 import architectures
 import goldens
 import pytest
+import tiny
 
 import smallm
 from smallm.convert import TYPES
@@ -95,7 +96,7 @@ def test_readme_shell_and_c(smollm2: smallm.Model, tmp_path: Path) -> None:
     compiler()
     (tmp_path / "hello.c").write_text(blocks("c")[0], encoding="utf-8")
     for text in blocks("sh"):
-        if "smallm convert" in text or "smallm merge" in text:
+        if any(f"smallm {name}" in text for name in ("convert", "merge", "ppl")):
             continue  # tests of their own
         done = run(["bash", "-e", "-c", text], tmp_path)
         assert "Traceback" not in done.stderr
@@ -114,6 +115,17 @@ def test_readme_convert(tmp_path: Path) -> None:
     assert first == "smollm2.gguf" and answer.strip()
     for name in TYPES:
         assert f"`{name}`" in README
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_readme_quality(tmp_path: Path) -> None:
+    (text,) = (text for text in blocks("sh") if "smallm ppl" in text)
+    tiny.write_tiny(tmp_path / "model-f16.gguf", types="F16", n_ctx=512)
+    tiny.write_tiny(tmp_path / "model-q4.gguf", types="Q4_0", n_ctx=512)
+    (tmp_path / "book.txt").write_text("Once upon a time. " * 200, encoding="utf-8")
+    done = run(["bash", "-e", "-c", text], tmp_path)
+    assert done.stdout.count("perplexity  ") == 3 and done.stdout.count("KL divergence") == 2
+    assert (tmp_path / "f16.kld").exists()
 
 
 def test_readme_names_every_parameter_and_exception() -> None:

@@ -6,6 +6,7 @@ with one clear line; 2: wrong usage; 130: Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LORA = "lora"
+TEXT_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 ANSWER_TOKENS = 1024  # a person can stop an answer; a program says -n
 
 
@@ -266,11 +268,14 @@ def run(
 
 
 def _read_stdin() -> str:
-    data = sys.stdin.buffer.read()
+    return _decoded("stdin", sys.stdin.buffer.read()).removesuffix("\n")
+
+
+def _decoded(name: str, data: bytes) -> str:
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"stdin is not UTF-8 text: byte {error.start} is wrong") from None
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is wrong") from None
 
 
 @cli.command()
@@ -485,6 +490,178 @@ def embed(
         return
     for vector in vectors:
         click.echo(" ".join(f"{value:.9g}" for value in vector))
+
+
+def evaluation_options(command: F) -> F:
+    """How a text is run through a model to judge the model."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--offline", is_flag=True, help="Never use the network."),
+        click.option(
+            "-t", "--threads", type=click.IntRange(1, 256), help="Default: the physical cores."
+        ),
+        click.option(
+            "--chunks", type=click.IntRange(1), help="Windows to run at most; default: all."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("model", shell_complete=_complete_file)
+@click.argument("text", type=TEXT_FILE, default="-")
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(3),
+    default=512,
+    show_default=True,
+    help="Tokens in a window.",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    help="Windows begin so many tokens apart, and every token is scored; by default they lie back "
+    "to back, and the second half of each is.",
+)
+@evaluation_options
+def ppl(
+    model: str,
+    text: str,
+    ctx_size: int,
+    stride: int | None,
+    chunks: int | None,
+    threads: int | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Perplexity of MODEL on the file TEXT, or on stdin.
+
+    Its windows are those of llama.cpp's llama-perplexity.
+
+    \b
+    smallm ppl smollm2-135m book.txt
+    """
+    from ..eval import perplexity
+
+    content = _read_text(text)
+    with load(model, ctx_size, threads, offline) as loaded, _tokens_bar("perplexity") as report:
+        found = perplexity(
+            loaded, content, ctx=ctx_size, stride=stride, max_windows=chunks, progress=report
+        )
+    if as_json:
+        print_json(found._asdict())
+        return
+    click.echo(f"perplexity  {found.perplexity:.4f} +/- {found.perplexity_error:.4f}")
+    click.echo(f"nats/token  {found.nll:.5f} +/- {found.nll_error:.5f}")
+    click.echo(f"scored      {found.tokens} tokens in {found.windows} windows of {found.ctx}")
+    click.echo(f"speed       {found.tokens_per_second:.1f} tokens/s")
+
+
+@cli.command()
+@click.argument("model", shell_complete=_complete_file)
+@click.argument("text", type=TEXT_FILE, required=False)
+@click.option("--reference", shell_complete=_complete_file, help="The model to compare with.")
+@click.option(
+    "--logits",
+    type=click.Path(dir_okay=False),
+    help="In its place: what --save, or llama-perplexity --kl-divergence-base, has written.",
+)
+@click.option(
+    "--save", type=click.Path(dir_okay=False), help="Write what MODEL expects, for --logits."
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(3),
+    help="Tokens in a window; default: 512, or those of --logits.",
+)
+@evaluation_options
+def kld(
+    model: str,
+    text: str | None,
+    reference: str | None,
+    logits: str | None,
+    save: str | None,
+    ctx_size: int | None,
+    chunks: int | None,
+    threads: int | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """How far MODEL is from a reference on TEXT, a file or - for stdin, as KL divergence.
+
+    Saved logits hold their text: TEXT may be left out then.
+
+    \b
+    smallm kld model-q4_k_m.gguf book.txt --reference model-f16.gguf
+    smallm kld model-f16.gguf book.txt --save f16.kld
+    smallm kld model-q4_k_m.gguf --logits f16.kld
+    """
+    from ..eval import divergence, save_logits
+
+    if sum(option is not None for option in (reference, logits, save)) != 1:
+        raise click.UsageError("give one of --reference, --logits and --save")
+    if text is None and logits is None:
+        raise click.UsageError("the text is missing: a file, or - for stdin")
+    content = None if text is None else _read_text(text)
+    if save is not None:
+        assert content is not None
+        with load(model, ctx_size or 512, threads, offline) as loaded, _tokens_bar("saving") as bar:
+            save_logits(
+                loaded, content, save, ctx=ctx_size or 512, max_windows=chunks, progress=bar
+            )
+        size = os.stat(save).st_size
+        if as_json:
+            print_json({"path": save, "size": size})
+        else:
+            note(f"{size / 1e6:.0f} MB")
+            click.echo(save)
+        return
+    with contextlib.ExitStack() as stack:
+        loaded = stack.enter_context(load(model, ctx_size, threads, offline))
+        other: Any = logits
+        if reference is not None:
+            other = stack.enter_context(load(reference, ctx_size, threads, offline))
+        bar = stack.enter_context(_tokens_bar("divergence"))
+        found = divergence(loaded, other, content, ctx=ctx_size, max_windows=chunks, progress=bar)
+    if as_json:
+        print_json(found._asdict())
+        return
+    click.echo(f"KL divergence  mean {found.mean:.6f} +/- {found.mean_error:.6f} nats/token")
+    click.echo(
+        f"               median {found.median:.6f}, 99.9 % {found.quantile_999:.6f}, "
+        f"maximum {found.maximum:.6f}"
+    )
+    click.echo(f"same top token {100 * found.same_top:.3f} +/- {100 * found.same_top_error:.3f} %")
+    click.echo(
+        f"perplexity     {found.perplexity:.4f}, of the reference "
+        f"{found.reference_perplexity:.4f}; ratio {found.ratio:.5f} +/- {found.ratio_error:.5f}"
+    )
+    click.echo(f"compared       {found.tokens} tokens in {found.windows} windows of {found.ctx}")
+
+
+def _read_text(path: str) -> str:
+    if path != "-":
+        with open(path, "rb") as file:
+            data = file.read()
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise click.UsageError("no text: name a file, or pipe one in")
+    else:
+        data = sys.stdin.buffer.read()
+    return _decoded("stdin" if path == "-" else path, data)
+
+
+def _tokens_bar(
+    title: str,
+) -> contextlib.AbstractContextManager[Callable[[int, int], object] | None]:
+    """A bar where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from ._bar import bar
+
+    return bar(title, tokens=True)
 
 
 @cli.command()

@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -20,15 +22,13 @@ from .._catalog import Progress as Report
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Report]:
-    """Shows the bar while the block runs, which reports (bytes done, bytes in all or None)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+def bar(title: str, *, tokens: bool = False) -> Iterator[Report]:
+    """Shows the bar while the block runs, which reports (bytes done, bytes in all or None), or
+    tokens."""
+    units: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+    if tokens:
+        units = (MofNCompleteColumn(), TextColumn("tokens"))
+    columns = (TextColumn("{task.description}"), BarColumn(), *units, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(escape(title), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

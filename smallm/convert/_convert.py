@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +26,7 @@ from .._errors import (
     SmallmError,
     UnsupportedModelError,
 )
+from .._files import whole_file
 from ._checkpoint import Tensor, open_checkpoint
 from ._config import Config, judged, read_json
 from ._families import DROPPED, Array, Family, Keys, Piece, find
@@ -406,7 +406,7 @@ def _write(
     import gguf
 
     kinds = {key: _kind(key, value) for key, value in keys.items()}
-    with whole_file(path, arch) as writer:
+    with gguf_writer(path, arch) as writer:
         for key, (value, kind, inner) in kinds.items():
             writer.add_key_value(key, value, kind, sub_type=inner)
         writer.add_file_type(_file_type(type_name))
@@ -444,26 +444,19 @@ def write_tensors(
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
-    """A writer of a temporary file beside `path`, which gets that name where all went well."""
+def gguf_writer(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
+    """A writer of the file `path`, which is there and whole where all went well."""
     import gguf
 
-    name = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    writer = gguf.GGUFWriter(name, arch)
-    try:
-        yield writer
-        assert writer.fout is not None
-        writer.fout[0].flush()
-        os.fsync(writer.fout[0].fileno())
-        writer.close()
-        os.replace(name, path)
-    except BaseException:
-        if writer.fout is not None:
+    with whole_file(path) as name:
+        writer = gguf.GGUFWriter(name, arch)
+        try:
+            yield writer
+        except BaseException:
             with contextlib.suppress(OSError):
                 writer.close()
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+            raise
+        writer.close()
 
 
 def _file_type(type_name: str) -> int:

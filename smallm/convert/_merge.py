@@ -19,7 +19,16 @@ from .._errors import UnsupportedModelError
 from .._generate import number
 from .._model import load
 from ._adapter import Pair
-from ._convert import BLOCK_BYTES, TERNARY, TYPES, Target, _encode, _need, whole_file, write_tensors
+from ._convert import (
+    BLOCK_BYTES,
+    TERNARY,
+    TYPES,
+    Target,
+    _encode,
+    _need,
+    gguf_writer,
+    write_tensors,
+)
 from ._families import Array
 
 if TYPE_CHECKING:
@@ -102,7 +111,7 @@ def _write(path: Path, reader: gguf.GGUFReader, pairs: dict[str, Pair], report: 
         scale = sources.get(f"{name.removesuffix('.weight')}.scale")
         if scale is not None:  # the matrix is what stands in the file times this
             pairs[name] = pair._replace(scale=pair.scale / float(scale.data[0]))
-    with whole_file(path, arch) as writer:
+    with gguf_writer(path, arch) as writer:
         for key, field in reader.fields.items():
             if key.startswith("GGUF.") or key == gguf.Keys.General.ARCHITECTURE:
                 continue
