@@ -760,6 +760,66 @@ def test_sentencepiece_as_tokenizer_json(folder: Path, pieces: Path, prefix: boo
     assert "merges" in refusal(folder)
 
 
+def test_runs_of_a_character_as_gemma_has_them(folder: Path, pieces: Path) -> None:
+    """Their merges come first, by their first parts' lengths; runs are added tokens, too."""
+    vocab, merges = merges_of(sentencepiece.SentencePieceProcessor(model_file=str(pieces)))
+    most, chars = 7, "▁\n"
+    runs = [char * n for n in range(1, most + 1) for char in chars]
+    for run in runs:
+        vocab.setdefault(run, len(vocab))
+    others = dict.fromkeys(a + b for a, b in merges if a + b not in runs)
+    merges = [
+        (token[:at], token[at:])
+        for token in others
+        for at in range(1, len(token))
+        if token[:at] in vocab and token[at:] in vocab
+    ]
+    first = [
+        (char * a, char * b)
+        for a in range(most - 1, 0, -1)
+        for b in range(most - a, 0, -1)
+        for char in chars
+    ]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab, first + merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_tokens([tokenizers.AddedToken(run, normalized=False) for run in runs[2:]])
+    path = with_tokenizer(folder, len(vocab), {"tokenizer.json": tokenizer.to_str()})
+    with smallm.load(path) as model:
+        gaps = [f"The{' ' * n}fox{chr(10) * n}" for n in range(20)]
+        for text in [*texts(300), *gaps, *texts(200, " \n\tab")]:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            assert model.tokenize(text, add_special=False) == ids, text
+
+    data = json.loads(tokenizer.to_str())
+    data["model"]["merges"][0], data["model"]["merges"][2] = first[2], first[0]
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    path.unlink()
+    assert "not listed together" in refusal(folder)
+
+
+def test_options_come_before_a_template_that_is_not_known(folder: Path, tmp_path: Path) -> None:
+    """As Command R's, which ends a text and then a turn."""
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    parts = ["<|begin|>", None, "<|im_end|>", "<|end|>"]
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": p}} if p is not None else {"Sequence": {"id": "A"}}
+            for p in parts
+        ],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    edit_json(folder / "tokenizer_config.json", add_bos_token=True)
+    assert "TemplateProcessing" in refusal(folder)
+    edit_json(folder / "tokenizer_config.json", add_eos_token=False)
+    keys, _ = read(convert(folder, tmp_path / "m.gguf", progress=False))
+    assert keys["tokenizer.ggml.add_bos_token"] and not keys["tokenizer.ggml.add_eos_token"]
+
+
 @pytest.mark.parametrize("lower", [True, False])
 def test_word_piece(folder: Path, lower: bool) -> None:
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))

@@ -75,6 +75,8 @@ PRES: dict[tuple[tuple[tuple[Any, ...], ...], bool], str] = {
     ((_split(_QWEN2), _BYTES), False): "qwen2",
     ((_split(_QWEN35), _BYTES), False): "qwen35",
     ((_split(_GPT4O), _BYTES), False): "gpt-4o",
+    # Merges lead to every token of OpenAI's vocabularies: none has to be taken whole.
+    ((_split(_GPT4O), _BYTES), True): "gpt-4o",
     ((_split(_TEKKEN), _BYTES), True): "tekken",
     (
         (
@@ -157,7 +159,10 @@ def _read_model(path: Path, data: Keys, pieces: Path | None) -> tuple[Keys, dict
         if kind is None or all(vocab.get(text) == i for i, (text, _, _) in rows.items()):
             if kind is not None:
                 keys["tokenizer.ggml.add_space_prefix"] = _space_steps(path, data)
-            return keys, rows
+                return keys, rows
+            # In its user's pieces a mark stands for a space; in added tokens for itself.
+            marked = ((i, row) for i, row in rows.items() if row[2] == USER_DEFINED)
+            return keys, rows | {i: (t.replace(SPACE, " "), s, kind) for i, (t, s, kind) in marked}
     if kind == "BPE":
         return _pieces_of_merges(path, data)
     raise UnsupportedModelError(
@@ -187,7 +192,7 @@ def _byte_level(path: Path, data: Keys) -> tuple[Keys, dict[int, Row]]:
     if (steps, whole) not in PRES:
         raise UnsupportedModelError(
             f"{path}: the pre_tokenizer {steps!r} (ignore_merges: {whole}) is none of "
-            f"{', '.join(PRES.values())}"
+            f"{', '.join(dict.fromkeys(PRES.values()))}"
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     keys = {
@@ -225,27 +230,27 @@ def _pieces_of_merges(path: Path, data: Keys) -> tuple[Keys, dict[int, Row]]:
     """SentencePiece's scores of a tokenizer.json with byte_fallback.
 
     SentencePiece merges the pair whose text is the best token, tokenizer.json the pair that is
-    listed first.  They are the same where each token's pairs are listed together and all are."""
+    listed first.  They are the same where each token's pairs are listed together and all are.  So
+    they are of runs of a character whose pairs come before all others, the longest first parts
+    first: both then add one character after the other."""
     model = data["model"]
     vocab: dict[str, int] = model["vocab"]
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     rank: dict[str, int] = {}
-    left: list[str] = []
-    for merge in model["merges"]:
-        a, b = merge.split(" ") if isinstance(merge, str) else merge
-        if rank.get(a + b, len(left) - 1) != len(left) - 1:
+    n_first = _runs_first(pairs)
+    for at, (a, b) in enumerate(pairs):
+        if at >= n_first and rank.get(a + b, len(rank) - 1) != len(rank) - 1:
             raise UnsupportedModelError(f"{path}: the merges of {a + b!r} are not listed together")
-        if a + b not in rank:
-            rank[a + b] = len(left)
-            left.append(a + b)
+        rank.setdefault(a + b, len(rank))
     rows: dict[int, Row] = {}
     for token, i in vocab.items():
         kind = UNKNOWN if token == model.get("unk_token") else _byte_type(token)
-        rows[i] = (token, -float(rank.get(token, len(left))), kind)
+        rows[i] = (token, -float(rank.get(token, len(rank))), kind)
     apart = {entry["id"] for entry in data.get("added_tokens") or []}
     n_pairs = sum(
         token[:at] in vocab and token[at:] in vocab
         for i, (token, _, kind) in rows.items()
-        if kind == NORMAL and i not in apart
+        if kind == NORMAL and (i not in apart or token in rank)
         for at in range(1, len(token))
     )
     if n_pairs != len(model["merges"]):
@@ -258,6 +263,17 @@ def _pieces_of_merges(path: Path, data: Keys) -> tuple[Keys, dict[int, Row]]:
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.add_space_prefix": _space_steps(path, data),
     }, rows
+
+
+def _runs_first(pairs: list[list[str]]) -> int:
+    """How many of the first pairs make runs of one character, the longest first parts first."""
+    last: dict[str, tuple[int, int]] = {}
+    for at, (a, b) in enumerate(pairs):
+        lengths = (len(a), len(b))
+        if len(set(a + b)) != 1 or last.get(a[0], lengths) < lengths:
+            return at
+        last[a[0]] = lengths
+    return len(pairs)
 
 
 def _flat(part: Any, key: str) -> list[Keys]:
@@ -390,10 +406,7 @@ def _fill(
         )
     unused = ((f"[PAD{i}]", SCORE_OF_UNUSED, UNUSED) for i in range(n_vocab))
     filled = [rows.get(i, other) for i, other in enumerate(unused)]
-    tokens = [
-        text.replace(SPACE, " ") if kind == USER_DEFINED and marks_spaces else text
-        for text, _, kind in filled
-    ]
+    tokens = [text for text, _, _ in filled]
     keys["tokenizer.ggml.tokens"] = tokens
     if marks_spaces:
         keys["tokenizer.ggml.scores"] = np.array([score for _, score, _ in filled], np.float32)
@@ -449,7 +462,14 @@ def _adds(path: Path, data: Keys, options: Keys, tokens: list[str]) -> Keys:
     """add_bos_token and add_eos_token, and which tokens these are."""
     keys: Keys = {}
     if "post_processor" in data:
-        before, after = _around(path, data["post_processor"])
+        try:
+            before, after = _around(path, data["post_processor"])
+        except UnsupportedModelError:
+            if not all(
+                isinstance(options.get(f"add_{name}_token"), bool) for name in ("bos", "eos")
+            ):
+                raise
+            before = after = None  # the options say it
         keys = {
             "tokenizer.ggml.add_bos_token": before is not None,
             "tokenizer.ggml.add_eos_token": after is not None,
