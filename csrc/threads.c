@@ -23,7 +23,7 @@
 #include "cpu.h"
 #include "os.h"
 
-#define SPIN_NS 40000
+#define SPIN_NS 12000
 #define PAUSES_PER_LOOK 16 /* reading the clock costs about as much as one pause */
 
 struct worker {
