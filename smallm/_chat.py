@@ -121,20 +121,18 @@ class _Neutral:
         return character
 
 
-def chat_tokens(model: Model, messages: list[dict[str, Any]]) -> list[int]:
-    """The prompt that asks the model for the next message."""
+def render(
+    model: Model, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True
+) -> str:
+    """The text of `messages`, as the model's template writes it."""
     template = model._template()
-    used = "".join(_strings(messages)) + template.source
-    neutral = _Neutral(model, used)
-    safe = _mapped(messages, neutral)
-    bos, eos = model._special_text("bos"), model._special_text("eos")
     rendered = template.render(
-        len(used),
+        sum(map(len, _strings(messages))) + len(template.source),
         {
-            "messages": safe,
-            "add_generation_prompt": True,
-            "bos_token": bos,
-            "eos_token": eos,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": model._special_text("bos"),
+            "eos_token": model._special_text("eos"),
             "tools": None,
         },
     )
@@ -142,6 +140,13 @@ def chat_tokens(model: Model, messages: list[dict[str, Any]]) -> list[int]:
         rendered.encode("utf-8")
     except UnicodeEncodeError:
         raise TemplateError("the chat template writes a lone surrogate: not text") from None
+    return rendered
+
+
+def chat_tokens(model: Model, messages: list[dict[str, Any]]) -> list[int]:
+    """The prompt that asks the model for the next message."""
+    neutral = _Neutral(model, "".join(_strings(messages)) + model._template().source)
+    rendered = render(model, _mapped(messages, neutral))
     pieces = [rendered]
     if neutral.texts:
         pieces = re.split(f"([{''.join(neutral.texts)}])", rendered)

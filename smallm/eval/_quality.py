@@ -101,7 +101,7 @@ def _judge(
     stride: object = None,
     max_windows: object = None,
 ) -> _Judged:
-    _generates(model)
+    generates(model)
     size = integer("ctx", ctx, 3, max(3, model.info.context))
     step = None if stride is None else integer("stride", stride, 1, size - 1)
     needed = size if step is None else 2
@@ -116,7 +116,7 @@ def _judge(
     return _Judged(list(tokens[: windows[-1].end]), windows, size)
 
 
-def _generates(model: Model) -> None:
+def generates(model: Model) -> None:
     if not isinstance(model, Model):
         raise TypeError(f"model must be a smallm.Model, not {type(model).__name__}")
     if model._info.decoder_start >= 0:
@@ -144,7 +144,7 @@ def _parts(model: Model, tokens: Sequence[int], window: _Window) -> Iterator[_Pa
         yield _Part(begin, model.logits(ids[:n], last=end - begin), n)
 
 
-def _log_sums(model: Model, rows: Floats) -> Doubles:
+def log_sums(model: Model, rows: Floats) -> Doubles:
     """ln of the sum of exp of each row: [n_rows].  SmallmError: something is not finite."""
     sums = np.empty(len(rows))
     for i, row in enumerate(rows):  # one at a time, which stays in the caches
@@ -186,7 +186,7 @@ def perplexity(
     ValueError: the text is too short for one window; UnsupportedModelError: an encoder;
     SmallmError: logits that are not finite.
     """
-    _generates(model)
+    generates(model)
     judged = _judge(model, _tokens(model, text), ctx, stride, max_windows)
     total = sum(w.end - w.begin - 1 for w in judged.windows)
     done, started = 0, time.perf_counter()
@@ -215,7 +215,7 @@ def _losses(model: Model, tokens: Sequence[int], part: _Part) -> Doubles:
     """-ln of what each token of the part was expected with: [n_tokens]."""
     n = len(part.rows)
     targets = tokens[part.begin : part.begin + n]
-    return _log_sums(model, part.rows) - part.rows[np.arange(n), targets]
+    return log_sums(model, part.rows) - part.rows[np.arange(n), targets]
 
 
 def save_logits(
@@ -233,14 +233,14 @@ def save_logits(
 
     Parameters and errors as for perplexity(); OSError.
     """
-    _generates(model)
+    generates(model)
     judged = _judge(model, _tokens(model, text), ctx, None, max_windows)
     n_vocab = model.info.vocabulary
     with whole_file(path) as name, open(name, "wb") as file:
         write_head(file, judged.ctx, n_vocab, judged.tokens)
         for i, window in enumerate(judged.windows):
             for part in _parts(model, judged.tokens, window):
-                for row, log_sum in zip(part.rows, _log_sums(model, part.rows), strict=True):
+                for row, log_sum in zip(part.rows, log_sums(model, part.rows), strict=True):
                     write_row(file, row, float(log_sum))
             if progress is not None:
                 progress((i + 1) * judged.ctx, len(judged.tokens))
@@ -267,9 +267,9 @@ def divergence(
     ValueError: the text is too short for one window, or tokenized differently by the two;
     UnsupportedModelError: an encoder; SmallmError: a broken file, or logits that are not finite.
     """
-    _generates(model)
+    generates(model)
     if isinstance(reference, Model):
-        _generates(reference)
+        generates(reference)
         if text is None:
             raise TypeError("text is missing: only saved logits hold their own")
         size = 512 if ctx is None else ctx
@@ -322,7 +322,7 @@ def _of_model(reference: Model) -> _Expected:
     def rows(tokens: Sequence[int], window: _Window, part: _Part) -> Iterator[tuple[Doubles, Lost]]:
         window = window._replace(first=part.begin, end=part.begin + len(part.rows))
         for other in _parts(reference, tokens, window):
-            for row, log_sum in zip(other.rows, _log_sums(reference, other.rows), strict=True):
+            for row, log_sum in zip(other.rows, log_sums(reference, other.rows), strict=True):
                 yield row.astype(np.float64) - log_sum, None
 
     return rows
