@@ -12,15 +12,22 @@ from pathlib import Path
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name beside `path` to write to.  Where the block ends well the file gets the name `path`,
-    in place of one that was there; where it raises, nothing of it stays."""
+    in place of one that was there; where it raises, nothing of it stays.
+
+    OSError names `path`: also where it is there and no regular file, as a device, which nothing may
+    replace."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: not a file, and so not replaced by one")
     name = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield name
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import signal
@@ -348,6 +349,27 @@ def test_an_out_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError):
         convert(folder, tmp_path / "taken", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "taken"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names, no limits of files")
+def test_a_device_and_a_full_disk(folder: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe: not a file"):
+        convert(folder, pipe, progress=False)
+    assert pipe.is_fifo()
+    code = (
+        "import resource, sys\n"
+        "from smallm.convert import convert\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "convert(sys.argv[1], sys.argv[2], type='f32', progress=False)"
+    )
+    out = tmp_path / "m.gguf"
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, out], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 1 and re.search(r"OSError: .*m\.gguf", done.stderr.splitlines()[-1])
+    assert set(tmp_path.iterdir()) == {folder, pipe}
 
 
 # ---- what is refused -----------------------------------------------------------------------------

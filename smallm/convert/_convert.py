@@ -435,7 +435,7 @@ def write_tensors(
     for t in targets:
         begin = file.tell()
         for block in encoded(t):
-            block.tofile(file)
+            file.write(np.ascontiguousarray(block).data)
             report(done + file.tell() - begin, total)
         if file.tell() - begin != t.n_bytes:
             raise CorruptModelError(f"{t.name}: {file.tell() - begin} bytes, not {t.n_bytes}")
