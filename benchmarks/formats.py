@@ -4,10 +4,16 @@
 
 For each format a file of random weights is written (scripts/random_model.py: by default two layers
 of a 1B model, a small vocabulary), timed as in peers.py, and removed.
+
+    python benchmarks/formats.py --best --write
+
+measures the best tier alone and puts the shares into formats.json and README's table, unless the
+run is to be discarded; with --types those of other formats stay as they are.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -16,14 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import limits
-from common import HERE, Engine, EngineError, Probes, arguments, machine, show, table, write_json
+from common import (
+    HERE,
+    Engine,
+    EngineError,
+    Probes,
+    arguments,
+    machine,
+    median,
+    ratios,
+    show,
+    table,
+    write_json,
+)
 from peers import LIMIT, N_DECODE, N_PREFILL, judge, measure_speed, percent
 
 sys.path.insert(0, str(HERE.parent / "scripts"))
+sys.path.insert(0, str(HERE.parent / "tests"))
 import random_model
+import weight_formats
 
-INTEGER = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
-TYPES = [*INTEGER, "f16", "bf16", "f32"]
+TYPES = [row.name.lower() for row in weight_formats.rows()]
+TYPES = [name for name in TYPES if name in random_model.TYPES]
+KEYS = ("prefill", "decode")
 ISAS = ("avx512vnni", "avxvnni", "avx2")  # besides the best
 
 
@@ -34,6 +55,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--best", action="store_true", help="on the best tier only")
+    parser.add_argument(
+        "--write", action="store_true", help="write formats.json and README's table"
+    )
     options = parser.parse_args()
     shape = random_model.SHAPES[options.shape]
     shape = replace(shape, n_layer=options.layers, n_vocab=options.vocab)
@@ -48,6 +73,7 @@ def main() -> None:
             random_model.write(path, shape, type_name, options.shape)
             work = limits.read(str(path))
             found = measure_format(str(path), work, probes, options)
+            found["packed_bits"] = packed_bits(path, shape, type_name, options)
             results["formats"][type_name] = found
             found_faults = judge(found["speed"], found["tiers"]["smallm"], work, options)
             faults += [f"{type_name}: {fault}" for fault in found_faults]
@@ -63,6 +89,8 @@ def main() -> None:
         print(f"DISCARD THIS RUN: {fault}")
     results["discard"] = faults
     write_json(options.json, results)
+    if options.write and not faults:
+        write_shares(results, options)
     sys.exit(1 if faults else 0)
 
 
@@ -72,7 +100,7 @@ def measure_format(path: str, work: limits.Work, probes: Probes, options: Any) -
     running: dict[str, Engine] = {}
     tiers: dict[str, str] = {}
     with ExitStack() as stack:
-        for isa in (None, *ISAS):
+        for isa in (None, *(() if options.best else ISAS)):
             environment = {"SMALLM_ISA": isa} if isa else {}
             engine = stack.enter_context(Engine("smallm", sys.executable, environment))
             try:
@@ -88,11 +116,45 @@ def measure_format(path: str, work: limits.Work, probes: Probes, options: Any) -
     return {"work": vars(work), "tiers": tiers, "speed": speed}
 
 
+def packed_bits(path: Path, shape: Any, type_name: str, options: Any) -> float:
+    """Bits of a weight in memory: of what one layer more takes.  Writes the file anew."""
+    import smallm
+
+    sizes = []
+    for n in (shape.n_layer, shape.n_layer + 1):
+        random_model.write(path, replace(shape, n_layer=n), type_name, options.shape)
+        with smallm.load(path, threads=options.threads) as model:
+            sizes.append((model.info.bytes, model.info.parameters))
+    (bytes_less, less), (bytes_more, more) = sizes
+    return 8 * (bytes_more - bytes_less) / (more - less)
+
+
+def write_shares(results: dict[str, Any], options: Any) -> None:
+    """formats.json and README; what another machine or shape gave is dropped."""
+    tiers = {found["tiers"]["smallm"] for found in results["formats"].values()}
+    setting = {
+        "cpu": results["machine"]["cpu"],
+        "isa": ", ".join(sorted(tiers)),
+        "threads": options.threads,
+        "shape": f"{options.layers} layers of {options.shape}",
+    }
+    known = weight_formats.measured()
+    formats = known["formats"] if {k: known.get(k) for k in setting} == setting else {}
+    for type_name, found in results["formats"].items():
+        speed = found["speed"]
+        shares = {k: median(ratios(speed[k]["smallm"], speed[k][LIMIT])) for k in KEYS}
+        formats[type_name] = {"packed_bits": found["packed_bits"], **shares}
+        formats[type_name] = {k: round(v, 4) for k, v in formats[type_name].items()}
+    text = json.dumps(setting | {"formats": formats}, indent=2)
+    weight_formats.MEASURED.write_text(text + "\n", encoding="utf-8")
+    weight_formats.write()
+
+
 def format_rows(type_name: str, work: limits.Work, found: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, tier in found["tiers"].items():
         cells = [type_name, tier, f"{work.weight_bytes / 1e6:.1f}"]
-        for key in ("prefill", "decode"):
+        for key in KEYS:
             rates = found["speed"][key]
             limit = rates.get(LIMIT if name == "smallm" else f"{LIMIT} of {name}", [])
             cells += [show(rates[name]), percent(rates[name], limit)]

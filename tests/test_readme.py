@@ -14,6 +14,7 @@ import architectures
 import goldens
 import pytest
 import tiny
+import weight_formats
 
 import smallm
 from smallm.convert import TYPES
@@ -30,6 +31,14 @@ PACKAGE = Path(smallm.__file__).parent
 
 def test_the_table_of_architectures_is_that_of_arch_c() -> None:
     assert architectures.written() == architectures.table(), "run tests/architectures.py"
+
+
+def test_the_table_of_formats_is_that_of_quants_def() -> None:
+    rows = weight_formats.rows()
+    assert {"F32", "Q4_0", "Q6_K"} <= {row.name for row in rows}
+    assert {row.name for row in rows} <= weight_formats.exact(), "test_quants.py lacks a format"
+    assert weight_formats.written() == weight_formats.table(), "run tests/weight_formats.py"
+    assert weight_formats.measured()["formats"].keys() <= {row.name.lower() for row in rows}
 
 
 def blocks(language: str) -> list[str]:
