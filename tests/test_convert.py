@@ -372,6 +372,48 @@ def test_a_device_and_a_full_disk(folder: Path, tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == {folder, pipe}
 
 
+def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
+    """Gemma 3 from 4B on: the same file as of the text model alone."""
+    spec = json.loads((goldens.HERE / "gemma3.json").read_text(encoding="utf-8"))
+    alone = goldens.write_folder(spec, "gemma3", tmp_path / "a" / "m")
+    both = goldens.write_folder(spec, "gemma3", tmp_path / "b" / "m")
+    path = both / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    top = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"depth": 1}}
+    path.write_text(json.dumps({**top, "text_config": config}), encoding="utf-8")
+
+    def rename(tensors: Tensors) -> None:
+        renamed = {f"language_model.{name}": values for name, values in tensors.items()}
+        tensors.clear()
+        tensors |= renamed | {
+            "vision_tower.vision_model.post_layernorm.weight": np.ones(5, np.float16),
+            "multi_modal_projector.mm_input_projection_weight": np.ones((5, 64), np.float16),
+        }
+
+    edit(both, rename)
+    convert(alone, tmp_path / "a.gguf", progress=False)
+    convert(both, tmp_path / "b.gguf", progress=False)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+    # Published ones leave out what Gemma 3 4B has.
+    said = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    for name in (*said, "max_position_embeddings", "query_pre_attn_scalar", "rope_parameters"):
+        del config[name]
+    config |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "vocab_size": 300}
+    path.write_text(json.dumps({**top, "text_config": config}), encoding="utf-8")
+    keys = read(convert(both, tmp_path / "b.gguf", progress=False))[0]
+    found = {k.removeprefix("gemma3."): v for k, v in keys.items() if k.startswith("gemma3.")}
+    expected = {
+        "context_length": 131072, "attention.key_length": 256, "attention.head_count": 8,
+        "attention.head_count_kv": 4, "rope.freq_base": 1e6, "rope.scaling.factor": 8.0,
+    }  # fmt: skip
+    assert expected.items() <= found.items() and "rope.freq_base_swa" not in found
+
+    edit(both, lambda t: t.update({"audio_tower.weight": np.ones(5, np.float16)}))
+    path.write_text(json.dumps({**top, "text_config": config}), encoding="utf-8")
+    assert "audio_tower.weight" in refusal(both)
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 REFUSALS = (smallm.UnsupportedModelError, smallm.CorruptModelError, smallm.ModelNotFoundError)

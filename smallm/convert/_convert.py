@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 TERNARY = ("tq2_0", "tq1_0")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", *TERNARY)
 
+IMAGES = ("vision_tower.", "multi_modal_projector.")  # of models that see them, what does
+
 BLOCK_BYTES = 1 << 20  # of float32 that are encoded at a time
 # Matrices that stay F32: small, and read value by value or feeding a choice.
 FLOAT32 = re.compile(
@@ -140,7 +142,7 @@ def convert(
     name = source.rsplit("/", 1)[-1] if _is_remote(source) else folder.resolve().name
     keys = _general(name, folder)
     with judged(config.path):
-        family = find(config)
+        family, config = find(config)
         for read in family.keys:
             for key, value in read(config).items():
                 whole = key.startswith("tokenizer.")
@@ -280,6 +282,10 @@ def _lookup(family: Family, config: Config) -> Callable[[str, Tensor], list[Piec
     rules = [(re.compile(pattern), make) for pattern, make in (*family.rules, *DROPPED)]
 
     def lookup(name: str, tensor: Tensor) -> list[Piece]:
+        if family.text is not None:
+            if name.startswith(IMAGES):
+                return []
+            name = name.removeprefix("language_model.")
         for pattern, make in rules:
             match = pattern.fullmatch(name)
             if match is not None:

@@ -24,7 +24,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,9 @@ class Family:
     stacks: Callable[[Config], Mapping[str, int]] = lambda config: {"": config.n_layer}
     # The output head is the embedding table: a copy of it in the checkpoint is read by nobody.
     tied: Callable[[Config], bool] = lambda c: bool(c.get("tie_word_embeddings", default=False))
+    # Of models that see images, too: what config.json's text_config means where it does not say.
+    # The text model's tensors are those that begin with "language_model."; the others are left out.
+    text: Mapping[str, Any] | None = None
     # Tensors that the file has and the checkpoint has not: name -> float32 values.
     extra: Callable[[Config], Mapping[str, Array]] = lambda config: {}
 
@@ -848,6 +851,15 @@ def norms_of_heads(m: re.Match[str], c: Config) -> list[Piece]:
     return [Piece(f"blk.{m[1]}.attn_{m[2]}_norm.weight", part=int(m[3]))]
 
 
+GEMMA3 = Family(
+    "gemma3",
+    ("Gemma3ForCausalLM",),
+    (base, ffn, rms_norm, rope, local_rope, windows(6), query_scale),
+    # Neither cap may be there: null counts as missing.
+    expect={**GEGLU, "attn_logit_softcapping": (), "final_logit_softcapping": ()},
+    rules=centred_norms(NORMS_AROUND),
+)
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llama",
@@ -896,13 +908,20 @@ FAMILIES: tuple[Family, ...] = (
         expect=GEGLU,
         rules=centred_norms(NORMS_AROUND),
     ),
-    Family(
-        "gemma3",
-        ("Gemma3ForCausalLM",),
-        (base, ffn, rms_norm, rope, local_rope, windows(6), query_scale),
-        # Neither cap may be there: null counts as missing.
-        expect={**GEGLU, "attn_logit_softcapping": (), "final_logit_softcapping": ()},
-        rules=centred_norms(NORMS_AROUND),
+    GEMMA3,
+    replace(
+        GEMMA3,
+        models=("Gemma3ForConditionalGeneration",),
+        text={
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1e6,
+            "sliding_window": 4096,
+        },
     ),
     Family(
         "olmo",
@@ -1245,17 +1264,26 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def find(c: Config) -> Family:
-    """The row for a config.  UnsupportedModelError lists those there are."""
+def text_config(c: Config, defaults: Mapping[str, Any]) -> Config:
+    inner = c.get("text_config", default={})
+    outer = {k: v for k, v in c.values.items() if k == "architectures" or k.endswith("_token_id")}
+    return Config(c.path, {**defaults, **inner, **outer})
+
+
+def find(c: Config) -> tuple[Family, Config]:
+    """The row for a config, and that of the text model in it.  UnsupportedModelError lists the rows
+    there are."""
     rows = {model: family for family in FAMILIES for model in family.models}
     wanted = c.get("architectures", default=[])
     for model in wanted:
         if model in rows:
             family = rows[model]
+            if family.text is not None:
+                c = text_config(c, family.text)
             for name, allowed in family.expect.items():
                 if c.get(name) is not None and c.get(name) not in allowed:
                     raise c.refuse(name, allowed)
-            return family
+            return family, c
     raise UnsupportedModelError(
         f"{c.path}: architectures is {wanted!r}; this version converts {', '.join(rows)}"
     )
