@@ -5,10 +5,16 @@
 Mean Kullback-Leibler divergence of each engine's next-token distribution from that of an
 independent float32 forward pass over the dequantized weights (tests/reference.py), on the first
 768 tokens of the GPL-3 text without BOS, and how often the most probable token is the same.
+
+    python benchmarks/quality.py --reference model-f16.gguf model-q8_0.gguf model-q4_k_m.gguf ...
+
+What formats cost: files of one model beside a reference, in one table of size, divergence and
+speed, on windows of that text (smallm.eval.divergence).
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import subprocess
@@ -27,7 +33,9 @@ from common import (
     arguments,
     engines,
     machine,
+    median,
     model_path,
+    prompt,
     table,
     write_json,
 )
@@ -87,14 +95,68 @@ def compare(reference: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     return {"mean_kl": float(np.mean(divergence)), "same_top_token": float(same)}
 
 
+def compare_files(options: argparse.Namespace, text: str) -> None:
+    """Prints the table of options.files beside options.reference."""
+    import smallm
+    import smallm.eval
+
+    results: dict[str, Any] = {"machine": machine(), "reference": options.reference, "files": {}}
+    results["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    settings: dict[str, Any] = {"threads": options.threads}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "reference.kld"
+        with smallm.load(options.reference, **settings) as reference:
+            smallm.eval.save_logits(reference, text, saved, max_windows=options.windows)
+        for path in options.files:
+            with smallm.load(path, **settings) as model:
+                found = smallm.eval.divergence(model, saved, max_windows=options.windows)
+                info = model.info
+            prefill, decode = speed_of(path, info.vocabulary, options.threads)
+            size = Path(path).stat().st_size
+            results["files"][path] = {
+                "bytes": size,
+                "formats": info.formats,
+                "prefill": prefill,
+                "decode": decode,
+                **found._asdict(),
+            }
+            cells = [f"{size / 1e6:.1f}", f"{8 * info.file_bytes / info.parameters:.2f}"]
+            cells += [f"{found.mean:.5f}", f"{found.median:.5f}", f"{found.quantile_999:.4f}"]
+            cells += [f"{100 * found.same_top:.2f} %", f"{found.ratio:.4f}"]
+            rows.append([Path(path).name, *cells, f"{prefill:.0f}", f"{decode:.0f}"])
+    print(f"{found.tokens} tokens in {found.windows} windows of {found.ctx}")
+    head = ["", "MB", "bits/weight", "mean KL", "median", "99.9 %", "same top", "ppl ratio"]
+    print(table([*head, "prefill/s", "decode/s"], rows))
+    write_json(options.json, results)
+
+
+def speed_of(path: str, n_vocab: int, threads: int) -> tuple[float, float]:
+    """Tokens per second of a prompt of 512 and of the 64 after it: medians of three."""
+    with Engine("smallm", sys.executable) as engine:
+        engine.ask("load", path, threads, 1024, False)
+        taken = [engine.ask("run", prompt(512, i, n_vocab), 64) for i in range(4)][1:]
+    return 512 / median([t[0] for t in taken]), 1 / median([t[1] for t in taken])
+
+
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0])
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE.gguf", help="to be put beside --reference"
+    )
+    parser.add_argument("--reference", help="GGUF file of the same model, F16 or so")
+    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, for --reference")
     add_model(parser)
     parser.add_argument("--text", type=Path, help="another text (UTF-8)")
     parser.add_argument("--tokens", type=int, default=N_TOKENS)
     options = parser.parse_args()
-    path = model_path(options.model)
+    if bool(options.files) is not bool(options.reference):
+        parser.error("files and --reference belong together")
     text = licence_text(options.text)
+    if options.files:
+        compare_files(options, text)
+        return
+    path = model_path(options.model)
 
     logits: dict[str, np.ndarray] = {}
     ids: list[int] = []
