@@ -102,7 +102,8 @@ typedef struct smallm_model_info {
                                 layers are counted, too */
     int32_t bos, eos, eot;   /* token ids, -1: none */
     bool add_bos, add_eos;
-    char tokenizer[32];      /* "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE) */
+    char tokenizer[32];      /* "gpt2" (byte-level BPE), "llama" (SentencePiece BPE), "bert" (WordPiece)
+                                or "t5" (Unigram) */
     char pre_tokenizer[32];
     double load_s;           /* seconds smallm_model_open took */
     int32_t decoder_start;   /* encoder-decoders: the token that an answer begins with; else -1 */

@@ -18,11 +18,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ._errors import DownloadError, ModelNotFoundError
+from ._files import sync_folder
 
 Progress = Callable[[int, "int | None"], None]  # bytes done, bytes in all (None: unknown)
 
@@ -180,18 +181,6 @@ def remove(name: str) -> Record:
     return record or Record(name, name, "", "", [], str(folder))
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable, where the platform can."""
-    if sys.platform == "win32":
-        return
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps other processes out of `folder`; waits for them in steps, so that Ctrl-C works.
@@ -321,15 +310,6 @@ def _explain(error: OSError, folder: Path) -> str:
     return f"cannot store the model in {folder}: {error}"
 
 
-def parts_of(name: str) -> list[str]:
-    """File names of a split model whose first part is `name`; [name] of an ordinary one."""
-    match = re.fullmatch(r"(.*)-00001-of-(\d{5})(\.gguf)", name)
-    if match is None:
-        return [name]
-    stem, total, end = match.groups()
-    return [f"{stem}-{i:05d}-of-{total}{end}" for i in range(1, int(total) + 1)]
-
-
 @contextlib.contextmanager
 def _shown(name: str, progress: Progress | bool | None) -> Iterator[Progress]:
     """What reports progress: the caller's function, a bar on a terminal's stderr, or nothing."""
@@ -338,18 +318,8 @@ def _shown(name: str, progress: Progress | bool | None) -> Iterator[Progress]:
     elif progress is False or sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
     else:
-        from .cli._bar import bar
+        from ._bar import bar
 
         entry = CATALOGUE.get(name)
         with bar(f"{entry.title} ({entry.license})" if entry else name) as report:
             yield report
-
-
-def sum_of(progress: Progress, total: int | None, before: int) -> Progress:
-    """Reports one file of several: `before` bytes are done, `total` are in all."""
-    return lambda done, _: progress(before + done, total)
-
-
-def license_of(names: Sequence[str]) -> str:
-    """The licence that a hub's tags name, or ""."""
-    return next((tag[8:] for tag in names if tag.startswith("license:")), "")

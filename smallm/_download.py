@@ -24,10 +24,13 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ._catalog import Entry, Progress, license_of, parts_of, sum_of, sync_folder
 from ._errors import DownloadError, ModelNotFoundError
+from ._files import sync_folder
+
+if TYPE_CHECKING:
+    from ._catalog import Entry, Progress
 
 BLOCK = 1 << 20  # bytes read at a time
 TIMEOUT = 30.0  # seconds without a byte
@@ -52,6 +55,25 @@ def _place(temporary: Path, path: Path) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def parts_of(name: str) -> list[str]:
+    """File names of a split model whose first part is `name`; [name] of an ordinary one."""
+    match = re.fullmatch(r"(.*)-00001-of-(\d{5})(\.gguf)", name)
+    if match is None:
+        return [name]
+    stem, total, end = match.groups()
+    return [f"{stem}-{i:05d}-of-{total}{end}" for i in range(1, int(total) + 1)]
+
+
+def sum_of(progress: Progress, total: int | None, before: int) -> Progress:
+    """Reports one file of several: `before` bytes are done, `total` are in all."""
+    return lambda done, _: progress(before + done, total)
+
+
+def license_of(names: Sequence[str]) -> str:
+    """The licence that a hub's tags name, or ""."""
+    return next((tag[8:] for tag in names if tag.startswith("license:")), "")
 
 
 # ---- a wheel ----

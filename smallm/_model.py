@@ -71,7 +71,8 @@ class ModelInfo(NamedTuple):
     heads: int
     kv_heads: int
     feed_forward: int
-    tokenizer: str  #: "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE)
+    #: "gpt2" (byte-level BPE), "llama" (SentencePiece BPE), "bert" (WordPiece) or "t5" (Unigram)
+    tokenizer: str
     bytes: int  #: weights in memory
     adapter_bytes: int  #: of all adapters, besides
     file_bytes: int  #: weights in the file

@@ -85,11 +85,11 @@ def test_names_become_folders_that_do_not_clash() -> None:
 
 
 def test_parts_of_split_models() -> None:
-    assert _catalog.parts_of("m.gguf") == ["m.gguf"]
-    assert _catalog.parts_of("m-00001-of-00003.gguf") == [
+    assert _download.parts_of("m.gguf") == ["m.gguf"]
+    assert _download.parts_of("m-00001-of-00003.gguf") == [
         f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)
     ]
-    assert _catalog.parts_of("m-00002-of-00003.gguf") == ["m-00002-of-00003.gguf"]
+    assert _download.parts_of("m-00002-of-00003.gguf") == ["m-00002-of-00003.gguf"]
 
 
 @pytest.mark.parametrize("name", ["nope", "Smollm2-135M", "ftp://x/y.gguf", "hf", ""])

@@ -422,7 +422,7 @@ def test_the_bar_respects_no_color(no_color: bool) -> None:
     import pty
 
     code = (
-        "import time; from smallm.cli._bar import bar\n"
+        "import time; from smallm._bar import bar\n"
         "with bar('[red]toy') as report:\n report(50, 100)\n report(100, 100)"
     )
     environment = {**os.environ, "TERM": "xterm-256color"}

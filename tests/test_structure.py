@@ -1,7 +1,9 @@
 """The house's rules that a machine can hold: who may include whom, and what the core may not do."""
 
+import ast
 import json
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import architectures
@@ -143,3 +145,38 @@ def test_mutable_globals_are_the_known_ones() -> None:
             if "const" not in line.split() and "inline" not in line.split():
                 found.add(line.split()[-1].strip("*"))
     assert found <= allowed, found - allowed
+
+
+PACKAGE = ROOT / "smallm"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imported(name: str, everywhere: bool) -> set[str]:
+    """The package's modules that one of them imports; everywhere: also within functions, and what
+    only types need."""
+    path, found = MODULES[name], set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        up = name.split(".") + ["__init__"] * (path.name == "__init__.py")
+        base = ".".join([*up[: -node.level], *filter(None, [node.module])])
+        for alias in node.names:
+            module = f"{base}.{alias.name}"
+            found.add(module if module in MODULES else base)
+    return found & MODULES.keys()
+
+
+def test_the_package_imports_without_circles() -> None:
+    graph = {name: imported(name, everywhere=False) for name in MODULES}
+    assert {"smallm._model", "smallm.eval._quality"} <= graph.keys()
+    assert "smallm._generate" in graph["smallm._model"]
+    list(TopologicalSorter(graph).static_order())  # CycleError
+
+
+def test_only_the_command_imports_the_command_line() -> None:
+    users = {name for name in MODULES if any("smallm.cli" in m for m in imported(name, True))}
+    assert users <= {"smallm.__main__"} | {name for name in MODULES if ".cli" in name}

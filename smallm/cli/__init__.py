@@ -659,7 +659,7 @@ def _tokens_bar(
     """A bar where stderr is a terminal."""
     if not sys.stderr.isatty():
         return contextlib.nullcontext()
-    from ._bar import bar
+    from .._bar import bar
 
     return bar(title, tokens=True)
 
@@ -697,7 +697,7 @@ def _run() -> int:
     except (click.Abort, KeyboardInterrupt):
         note("")
         return 130
-    except (SmallmError, ValueError, OSError) as error:
+    except (SmallmError, ValueError, OSError, MemoryError) as error:
         lines = str(error).strip().splitlines()
         note(f"smallm: {' '.join(lines) or type(error).__name__}")
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from .._catalog import Progress as Report
+Report = Callable[[int, "int | None"], None]  # units done, units in all (None: unknown)
 
 
 @contextlib.contextmanager
