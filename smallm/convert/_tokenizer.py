@@ -55,7 +55,8 @@ _GPT4O = (
 )
 _TEKKEN = rf"{_CASED}{_UPPER}*{_LOWER}+|{_CASED}{_UPPER}+{_LOWER}*|\p{{N}}{_SYMBOLS}"
 _DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r'[!"#$%&'
+    r"'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*"
 ) + _END
 
@@ -114,7 +115,8 @@ def _steps(path: Path, pre: Any) -> tuple[tuple[Any, ...], ...]:
         if (behavior, invert) == ("Isolated", False) or (
             (behavior, invert) == ("Removed", True) and regex in _COVERING
         ):
-            return (_split(regex),)
+            # DeepSeek's has line ends themselves where others have their escapes.
+            return (_split(regex and regex.replace("\r", r"\r").replace("\n", r"\n")),)
     raise UnsupportedModelError(f"{path}: the pre_tokenizer step {pre!r} is not one that is known")
 
 
