@@ -2,7 +2,8 @@
  *
  * Queries go in tiles of up to SM_TILE_Q.  All tiles pass over a page while it is in the nearest
  * cache.  One tile widens float16 or int8 as it loads it, which waiting for memory hides; for several,
- * a page is widened once.  Pages are too short for the processor to guess what comes next, so each page's
+ * a page is widened once.  As that costs more than narrower tiles do, a few more queries than
+ * SM_TILE_Q (the heads of one token that share a kv head) go in one tile where a tier can.  Pages are too short for the processor to guess what comes next, so each page's
  * loads ask for the next page's.
  *
  * Scratch: scores [n_q][SM_SCORE_STRIDE], which become the e_j; behind SM_ATTEND_MAX of them a widened page. */
@@ -95,11 +96,14 @@ static inline void sm_add_bias(float *score, size_t begin, size_t n, const float
         for (size_t l = 0; l < 16; l++) score[j + l] += bias[j + l];
 }
 
+/* most_alone: queries that the tier's functions take in a single tile, at least SM_TILE_Q. */
 static inline __attribute__((always_inline)) void
-sm_attend_tiles(const struct sm_attend *a, int kv_type, sm_score_fn *score, sm_cap_fn *cap,
-                sm_softmax_fn *softmax, sm_value_fn *value, sm_widen_fn *widen, sm_scale_fn *scale) {
+sm_attend_tiles(const struct sm_attend *a, int kv_type, size_t most_alone, sm_score_fn *score,
+                sm_cap_fn *cap, sm_softmax_fn *softmax, sm_value_fn *value, sm_widen_fn *widen,
+                sm_scale_fn *scale) {
     struct sm_tile tile[(SM_ATTEND_MAX + SM_TILE_Q - 1) / SM_TILE_Q];
-    size_t n_tiles = (a->n_q + SM_TILE_Q - 1) / SM_TILE_Q, lo = SM_CHUNK, hi = 0;
+    size_t n_tiles = a->n_q <= most_alone ? 1 : (a->n_q + SM_TILE_Q - 1) / SM_TILE_Q;
+    size_t lo = SM_CHUNK, hi = 0;
     for (size_t t = 0, i = 0; t < n_tiles; t++) {
         struct sm_tile s = {.first = i, .n_q = (a->n_q - i) / (n_tiles - t), .lo = SM_CHUNK};
         for (; i < s.first + s.n_q; i++) {

@@ -189,13 +189,16 @@ INLINE void scale(float *x, const float *by, size_t lo, size_t hi) {
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F16, score_part, cap_scores, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F16, SM_TILE_Q, score_part, cap_scores, softmax, value_part, widen,
+                    scale);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F32, score_part, cap_scores, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F32, SM_TILE_Q, score_part, cap_scores, softmax, value_part, widen,
+                    scale);
 }
 static void attend_q8(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, cap_scores, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_Q8, SM_TILE_Q, score_part, cap_scores, softmax, value_part, widen,
+                    scale);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {

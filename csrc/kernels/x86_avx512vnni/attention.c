@@ -1,10 +1,11 @@
 /* Attention on AVX-512 (attend.h): 16 positions (scores) or 16 head dimensions (values) to a
- * vector, up to four vectors to a tile of queries: 24 sums in registers. */
+ * vector, up to four vectors to a tile of 6 queries or two to one of 8: at most 24 sums in registers. */
 #include "../attend.h"
 #include "../tier.h"
 #include "expf.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#define MOST_ALONE 8 /* queries of a single tile that widens as it loads */
 
 /* Elements [at, at + 16) of a page. */
 INLINE __m512 load(int kv_type, const void *page, size_t at) {
@@ -43,7 +44,7 @@ INLINE void score_tile(int kv_type, int n_g, int n_q, const struct sm_part *p, s
     const size_t head = p->head, at = (j - p->base) * head; /* of [n_g][head][16] */
     const float *q = p->q;
     const void *page = p->page, *next = p->next;
-    __m512 acc[4][SM_TILE_Q];
+    __m512 acc[4][MOST_ALONE];
     for (int g = 0; g < n_g; g++)
         for (int i = 0; i < n_q; i++) acc[g][i] = _mm512_setzero_ps();
     for (size_t d = 0; d < head; d++) {
@@ -67,13 +68,15 @@ INLINE void score_some(int kv_type, int n_g, const struct sm_part *p, size_t j) 
     case 3: score_tile(kv_type, n_g, 3, p, j); break;
     case 4: score_tile(kv_type, n_g, 4, p, j); break;
     case 5: score_tile(kv_type, n_g, 5, p, j); break;
-    default: score_tile(kv_type, n_g, 6, p, j); break;
+    case 6: score_tile(kv_type, n_g, 6, p, j); break;
+    case 7: score_tile(kv_type, SM_MIN(n_g, 2), 7, p, j); break;
+    default: score_tile(kv_type, SM_MIN(n_g, 2), 8, p, j); break;
     }
 }
 
 INLINE void score_part(int kv_type, const struct sm_part *p) {
     size_t j = p->lo;
-    for (; j + 64 <= p->hi; j += 64) score_some(kv_type, 4, p, j);
+    for (; p->n_q <= SM_TILE_Q && j + 64 <= p->hi; j += 64) score_some(kv_type, 4, p, j);
     for (; j + 32 <= p->hi; j += 32) score_some(kv_type, 2, p, j);
     for (; j < p->hi; j += 16) score_some(kv_type, 1, p, j);
 }
@@ -116,7 +119,7 @@ INLINE void value_tile(int kv_type, int n_v, int n_q, const struct sm_part *p, s
     const float *weight = p->weight;
     const void *page = p->page, *next = p->next;
     float *o = p->o + d;
-    __m512 acc[4][SM_TILE_Q];
+    __m512 acc[4][MOST_ALONE];
     for (int i = 0; i < n_q; i++)
         for (int c = 0; c < n_v; c++)
             acc[c][i] = n_v > 1 ? _mm512_loadu_ps(o + (size_t)i * head + 16 * c)
@@ -149,13 +152,15 @@ INLINE void value_some(int kv_type, int n_v, const struct sm_part *p, size_t d) 
     case 3: value_tile(kv_type, n_v, 3, p, d, mask); break;
     case 4: value_tile(kv_type, n_v, 4, p, d, mask); break;
     case 5: value_tile(kv_type, n_v, 5, p, d, mask); break;
-    default: value_tile(kv_type, n_v, 6, p, d, mask); break;
+    case 6: value_tile(kv_type, n_v, 6, p, d, mask); break;
+    case 7: value_tile(kv_type, SM_MIN(n_v, 2), 7, p, d, mask); break;
+    default: value_tile(kv_type, SM_MIN(n_v, 2), 8, p, d, mask); break;
     }
 }
 
 INLINE void value_part(int kv_type, const struct sm_part *p) {
     size_t d = 0;
-    for (; d + 64 <= p->head; d += 64) value_some(kv_type, 4, p, d);
+    for (; p->n_q <= SM_TILE_Q && d + 64 <= p->head; d += 64) value_some(kv_type, 4, p, d);
     for (; d + 32 <= p->head; d += 32) value_some(kv_type, 2, p, d);
     for (; d < p->head; d += 16) value_some(kv_type, 1, p, d);
 }
@@ -180,13 +185,16 @@ INLINE void scale(float *x, const float *by, size_t lo, size_t hi) {
 /* ---- the slot ------------------------------------------------------------------------------- */
 
 static void attend_f16(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F16, score_part, cap_scores, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F16, MOST_ALONE, score_part, cap_scores, softmax, value_part, widen,
+                    scale);
 }
 static void attend_f32(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_F32, score_part, cap_scores, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_F32, SM_TILE_Q, score_part, cap_scores, softmax, value_part, widen,
+                    scale);
 }
 static void attend_q8(const struct sm_attend *a) {
-    sm_attend_tiles(a, SMALLM_KV_Q8, score_part, cap_scores, softmax, value_part, widen, scale);
+    sm_attend_tiles(a, SMALLM_KV_Q8, MOST_ALONE, score_part, cap_scores, softmax, value_part, widen,
+                    scale);
 }
 
 void SM_NAME(sm_attend)(const struct sm_attend *a) {
