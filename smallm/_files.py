@@ -30,8 +30,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk
+        if isinstance(error, OSError) and error.filename in (None, str(name)) and error.errno:
+            # Of a full disk or a missing folder.
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

@@ -326,7 +326,7 @@ def test_what_cannot_be_saved_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         smallm.eval.save_logits(models["f32"], TEXT, path, ctx=64, progress=stop)
     assert path.read_text() == "what was there" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match=r"none.saved'"):
         smallm.eval.save_logits(models["f32"], TEXT, tmp_path / "none" / "saved", ctx=64)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -55,7 +55,7 @@ class Divergence(NamedTuple):
     same_top: float  #: share of tokens for which both expect the same one most
     same_top_error: float
     perplexity: float
-    reference_perplexity: float
+    reference_perplexity: float  #: from a file somewhat low where it lacks what the text says
     ratio: float  #: perplexity / reference_perplexity
     ratio_error: float
     tokens: int  #: that were compared

@@ -11,7 +11,8 @@ Little-endian:
         uint16   q [n_vocab], and one more where n_vocab is odd
 
 ln p = low + scale q, which is off by 1.2e-4 at most.  `low` is the least one, or 16 below the best;
-q 0 then stands for all that are below it, which are lost.
+q 0 then stands for all that are below it, which are lost: where such a one is the text's own token,
+the perplexity that is read off the file is too low.
 """
 
 from __future__ import annotations
