@@ -8,6 +8,7 @@
 #include "cpu.h"
 #include "engine.h"
 #include "os.h"
+#include "quantize.h"
 #include "threads.h"
 
 #define MAX_LOGPROBS 64
@@ -382,4 +383,58 @@ int smallm_request_get_stats(smallm_request *request, smallm_request_stats *out,
 
 void smallm_request_free(smallm_request *request) {
     if (judge_request(request, NULL) == SMALLM_OK) sm_request_free(request);
+}
+
+/* ---- weight formats -------------------------------------------------------------------------- */
+
+int smallm_get_format(size_t i, smallm_format *out, smallm_error *err) {
+    if (!out) return refuse_null("out", err);
+    if (i >= SM_TYPE_COUNT) return SMALLM_DONE;
+    const struct sm_quant *q = &sm_quants[i];
+    smallm_format f = {.id = q->gguf_id, .n_block_values = (int32_t)q->block_size,
+                       .n_block_bytes = (int32_t)q->block_bytes,
+                       .writable = sm_quantizer((enum sm_type)i) != NULL};
+    strncpy(f.name, q->name, sizeof f.name - 1);
+    return sm_write_struct(out, &f, sizeof f, "smallm_format", err);
+}
+
+static int judge_rows(const char *what, enum sm_type t, uint32_t id, const void *data, size_t n_bytes,
+                      const smallm_quantize_params *p, smallm_error *err) {
+    if (t == SM_TYPE_COUNT)
+        return sm_fail(err, SMALLM_E_UNSUPPORTED, "%s is the weight format %u, which is unknown", what, id);
+    const struct sm_quant *q = &sm_quants[t];
+    if (!data) return refuse_null(what, err);
+    size_t n;
+    if (p->n_cols % q->block_size != 0)
+        return sm_fail(err, SMALLM_E_ARGUMENT, "n_cols is %zu; rows of %s are multiples of %u", p->n_cols,
+                       q->name, q->block_size);
+    if (!sm_mul(p->n_cols / q->block_size, q->block_bytes, &n) || !sm_mul(n, p->n_rows, &n) || n != n_bytes)
+        return sm_fail(err, SMALLM_E_ARGUMENT, "%s has %zu bytes, which is not %zu rows of %zu values of %s",
+                       what, n_bytes, p->n_rows, p->n_cols, q->name);
+    return SMALLM_OK;
+}
+
+int smallm_quantize(const smallm_quantize_params *params, smallm_error *err) {
+    if (!params) return refuse_null("params", err);
+    smallm_quantize_params p;
+    int rc = sm_read_struct(&p, sizeof p, params, "smallm_quantize_params", err);
+    if (rc == SMALLM_OK) rc = resolve_threads(&p.n_threads, err);
+    if (rc != SMALLM_OK) return rc;
+    struct sm_rows rows = {.from = sm_quant_from_gguf(p.from), .to = sm_quant_from_gguf(p.to), .in = p.in,
+                           .out = p.out, .n_rows = p.n_rows, .n_cols = p.n_cols,
+                           .importance = p.importance};
+    if (p.n_rows >= UINT32_MAX) /* items of a phase */
+        return sm_fail(err, SMALLM_E_ARGUMENT, "n_rows is %zu; allowed are 0 to %u", p.n_rows,
+                       UINT32_MAX - 1);
+    rc = judge_rows("in", rows.from, p.from, p.in, p.n_in, &p, err);
+    if (rc == SMALLM_OK) rc = judge_rows("out", rows.to, p.to, p.out, p.n_out, &p, err);
+    if (rc != SMALLM_OK) return rc;
+    if (!sm_quantizer(rows.to))
+        return sm_fail(err, SMALLM_E_UNSUPPORTED, "this version reads %s but does not write it",
+                       sm_quants[rows.to].name);
+    for (size_t i = 0; p.importance && i < p.n_cols; i++)
+        if (!(p.importance[i] >= 0 && p.importance[i] <= 3e38f))
+            return sm_fail(err, SMALLM_E_ARGUMENT, "importance[%zu] is %g; allowed are finite numbers >= 0", i,
+                           (double)p.importance[i]);
+    return sm_quantize_rows(&rows, p.n_threads, err);
 }

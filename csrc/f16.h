@@ -56,6 +56,11 @@ static inline uint16_t sm_f32_to_f16(float x) {
 }
 
 static inline float sm_bf16_to_f32(uint16_t h) { return sm_float_of_bits((uint32_t)h << 16); }
+static inline uint16_t sm_f32_to_bf16(float x) {
+    uint32_t u = sm_bits_of_float(x);
+    if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(u >> 16 | 0x40u);
+    return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
+}
 
 /* A float16 as it lies in a file's block, at any alignment. */
 static inline uint16_t sm_u16_at(const uint8_t p[2]) { return (uint16_t)(p[0] | p[1] << 8); }

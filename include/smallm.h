@@ -317,6 +317,38 @@ int smallm_request_get_stats(smallm_request *request, smallm_request_stats *out,
 /* Cancels if it still runs and waits until the engine no longer touches it.  NULL is allowed. */
 void smallm_request_free(smallm_request *request);
 
+/* ---- weight formats ------------------------------------------------------------------------ */
+
+typedef struct smallm_format {
+    size_t size;
+    char name[16];          /* "Q4_K" */
+    uint32_t id;            /* its number in GGUF files */
+    int32_t n_block_values; /* a row is whole blocks of this many values */
+    int32_t n_block_bytes;
+    bool writable;          /* smallm_quantize can write it */
+} smallm_format;
+
+/* Format `i` of those this version reads; SMALLM_DONE past the last one. */
+int smallm_get_format(size_t i, smallm_format *out, smallm_error *err);
+
+typedef struct smallm_quantize_params {
+    size_t size;
+    uint32_t from, to;       /* formats' ids; equal ones are written anew */
+    const void *in;          /* [n_rows] rows of n_cols values in `from` */
+    void *out;               /* [n_rows] rows of n_cols values in `to` */
+    size_t n_in, n_out;      /* bytes, which have to be what the shape says */
+    size_t n_rows, n_cols;   /* n_cols: whole blocks of both formats */
+    const float *importance; /* [n_cols] how much errors in a column matter, >= 0, of any scale, as
+                                of the inputs' mean squares; NULL: all alike */
+    int32_t n_threads;       /* 0: the default count */
+} smallm_quantize_params;
+
+/* Writes numbers in another weight format, as near as it can: sum importance * error^2 is made small.
+ * The same bytes come on every machine, from any number of threads.  Runs until it is done; calls may
+ * run at the same time.  SMALLM_E_CORRUPT: a value is infinite or NaN; SMALLM_E_UNSUPPORTED: a value
+ * is beyond the format's range, or a format is unknown or only read; the message says which. */
+int smallm_quantize(const smallm_quantize_params *params, smallm_error *err);
+
 /* ---- END BINDING ---- */
 
 #if defined(__GNUC__) && !defined(_WIN32)

@@ -45,6 +45,7 @@ MAY_INCLUDE = {
         "os",
         "mathx",
     },
+    "quantize": {"quants", "threads"},
     "adapter": {"model", "os"},
     "cache": {"arch", "kernels"},
     "peaks": set(),
@@ -56,7 +57,18 @@ MAY_INCLUDE = {
     "session": {"adapter", "model", "forward", "cache", "cpu", "timers"},
     "sampler": {"mathx", "peaks"},
     "engine": {"adapter", "session", "sampler", "model", "tokenizer", "cpu", "os", "threads"},
-    "api": {"adapter", "engine", "model", "kernels", "cpu", "os", "threads", "tokenizer"},
+    "api": {
+        "adapter",
+        "engine",
+        "model",
+        "kernels",
+        "cpu",
+        "os",
+        "quantize",
+        "quants",
+        "threads",
+        "tokenizer",
+    },
 }
 
 

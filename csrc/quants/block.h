@@ -77,6 +77,35 @@ static inline void sm_scales_mins(const uint8_t packed[12], struct sm_parts *p) 
     }
 }
 
+/* The other way round. */
+static inline void sm_put_scales_mins(const int scale[8], const int min[8], uint8_t packed[12]) {
+    for (int s = 0; s < 4; s++) {
+        packed[s] = (uint8_t)(scale[s] | scale[s + 4] >> 4 << 6);
+        packed[s + 4] = (uint8_t)(min[s] | min[s + 4] >> 4 << 6);
+        packed[s + 8] = (uint8_t)((scale[s + 4] & 15) | (min[s + 4] & 15) << 4);
+    }
+}
+
+/* Bits first .. first + bits - 1 of the codes of a block of 256 into the K-quants' plane of these:
+ * sets of 32 bytes, which hold 8 / bits slabs each, as sm_transpose reads them. */
+static inline void sm_put_planes(const uint8_t code[256], int bits, int first, uint8_t *plane) {
+    int n_slabs = 8 / bits, mask = (1 << bits) - 1;
+    for (int set = 0; set < bits; set++, plane += SM_SLAB)
+        for (int j = 0; j < SM_SLAB; j++) {
+            int byte = 0;
+            for (int s = 0; s < n_slabs; s++)
+                byte |= (code[(set * n_slabs + s) * SM_SLAB + j] >> first & mask) << bits * s;
+            plane[j] = (uint8_t)byte;
+        }
+}
+
+/* 32 codes of five bits: the top bits in order, and the low ones as nibbles of j and j + 16. */
+static inline void sm_put_five(const uint8_t code[32], uint8_t high[4], uint8_t low[16]) {
+    memset(high, 0, 4);
+    for (int j = 0; j < 32; j++) high[j / 8] |= (uint8_t)(code[j] >> 4 << j % 8);
+    for (int j = 0; j < 16; j++) low[j] = (uint8_t)((code[j] & 15) | (code[j + 16] & 15) << 4);
+}
+
 /* Defines sm_parts_<name> from a static inline `take`, which takes one struct block apart. */
 #define SM_DEFINE_PARTS(name)                                                                     \
     void sm_parts_##name(const void *blocks, size_t stride, size_t n, struct sm_parts *parts) {   \

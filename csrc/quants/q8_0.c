@@ -1,5 +1,5 @@
 /* Q8_0: 32 values d * (code - 128): the file's signed bytes with the sign bit turned. */
-#include "block.h"
+#include "fit.h"
 
 struct block {
     uint8_t d[2]; /* float16 */
@@ -17,4 +17,14 @@ SM_DEFINE_PARTS(q8_0)
 
 size_t sm_find_nonfinite_q8_0(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);
+}
+
+void sm_quantize_q8_0(const float *x, const float *w, void *blocks, size_t n_blocks) {
+    (void)w; /* 8 bits leave nothing to choose */
+    struct block *b = blocks;
+    for (size_t i = 0; i < n_blocks; i++, b++, x += 32) {
+        float peak = sm_peak(x, 32);
+        sm_put_f16(b->d, (peak < 0 ? -peak : peak) / 127);
+        sm_codes_of(x, 32, sm_inverse(sm_f16_at(b->d)), 0, -127, 127, 0, b->codes);
+    }
 }

@@ -92,4 +92,14 @@ typedef void sm_parts_fn(const void *blocks, size_t stride, size_t n, struct sm_
 #include "quants.def"
 #undef SM_QUANT
 
+/* Writes n_blocks blocks of the values x [n_blocks * block_size], which are finite and at most 2^30 in
+ * magnitude where a block holds more than one.  weights, of the same shape, tell how much an error
+ * matters; NULL: everywhere the same.  Scales beyond their range become infinite (find_nonfinite). */
+typedef void sm_quantize_fn(const float *x, const float *weights, void *blocks, size_t n_blocks);
+#define SM_WRITER(NAME, name) sm_quantize_fn sm_quantize_##name;
+#include "writers.def"
+#undef SM_WRITER
+
+sm_quantize_fn *sm_quantizer(enum sm_type t); /* NULL: this format is only read */
+
 #endif
