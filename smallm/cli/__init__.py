@@ -434,6 +434,54 @@ def convert(source: str, out: str, type_name: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source", metavar="IN", type=click.Path())
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.argument("type_name", metavar="TYPE")
+@click.option("--imatrix", type=click.Path(), help="Where errors matter: a file of smallm imatrix.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Another format for matrices of such a name; may be repeated.",
+)
+@click.option("--requantize", is_flag=True, help="Also what is quantized already: loses twice.")
+@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Default: the physical cores.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quantize(
+    source: str,
+    out: str,
+    type_name: str,
+    imatrix: str | None,
+    keep: tuple[str, ...],
+    requantize: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Write the GGUF file IN as OUT with its matrices in the format TYPE.
+
+    TYPE is one of f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1,
+    q4_0, q3_k_l, q3_k_m, q3_k_s, q2_k, tq2_0, tq1_0.
+
+    \b
+    smallm quantize smollm2-f16.gguf smollm2-q4.gguf q4_k_m
+    smallm quantize in.gguf out.gguf q4_0 --keep "output.weight=q8_0" --keep "*.attn_v.*=q8_0"
+    """
+    from ..quantize import quantize as quantize_file
+
+    made = quantize_file(
+        source, out, type_name, imatrix=imatrix, keep=keep, requantize=requantize, threads=threads
+    )
+    if as_json:
+        print_json({**made._asdict(), "path": str(made.path), "type": type_name.lower()})
+        return
+    counts = ", ".join(f"{n} {name}" for name, n in made.tensors.items())
+    note(f"{made.size / 1e6:.1f} MB, {made.bits_per_weight:.2f} bits per weight; tensors: {counts}")
+    for name, n in made.narrow.items():
+        note(f"{n} tensors have {name}, whose blocks do not divide their rows")
+    click.echo(made.path)
+
+
+@cli.command()
 @click.argument("base", shell_complete=_complete_file)
 @click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path(dir_okay=False))

@@ -1,0 +1,93 @@
+"""Importance matrices: mean squares of what each matrix of a model is multiplied with.
+
+Both of llama.cpp's kinds are read: GGUF files (general.type "imatrix"), and the older ones without
+a magic number.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from .._errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
+from ._formats import Floats
+from ._gguf import MAGIC, read_header, read_pieces
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+def read_importance(path: str | os.PathLike[str]) -> dict[str, Floats]:
+    """By matrix: float32 [n_experts or 1, n_cols], >= 0, of any scale; 0: that expert was not seen.
+
+    ModelNotFoundError, CorruptModelError, UnsupportedModelError: there is no such file, or it is
+    none of these.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        old = file.read(4) != MAGIC
+    found = _read_old(path) if old else _read_gguf(path)
+    for name, values in found.items():
+        if not (np.isfinite(values).all() and (values >= 0).all()):
+            raise CorruptModelError(f"{path}: {name} has a value that is negative or not finite")
+    if not found:
+        raise CorruptModelError(f"{path}: it knows no matrix")
+    return found
+
+
+def _read_gguf(path: Path) -> dict[str, Floats]:
+    header = read_header(path)
+    kind = header.text("general.type")
+    if kind != "imatrix":
+        raise UnsupportedModelError(f"{path}: general.type is {kind!r}, not 'imatrix'")
+    tensors = {}
+    with open(path, "rb") as file:
+        for t in header.tensors:
+            if t.type != 0:
+                raise UnsupportedModelError(f"{path}: {t.name} is of type {t.type}, not F32")
+            size = 4 * t.n_values
+            data = b"".join(read_pieces(file, header, t, 0, size, max(1, size)))
+            n_cols = t.dims[0] if t.dims[0] else 1
+            tensors[t.name] = np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, n_cols)
+    found = {}
+    for name, sums in tensors.items():
+        if not name.endswith(SUMS):
+            continue
+        matrix = name.removesuffix(SUMS)
+        counts = tensors.get(matrix + COUNTS)
+        if counts is None or counts.size != sums.shape[0]:
+            raise CorruptModelError(f"{path}: {name} has no counts of its {sums.shape[0]} matrices")
+        found[matrix] = sums / np.maximum(counts.reshape(-1, 1), 1)
+    return found
+
+
+def _read_old(path: Path) -> dict[str, Floats]:
+    data = path.read_bytes()
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        if at + 4 > len(data):
+            raise CorruptModelError(f"{path}: it ends within its entries: no importance matrix")
+        at += 4
+        value: int = struct.unpack_from("<i", data, at - 4)[0]
+        return value
+
+    found = {}
+    for _ in range(number()):
+        n_name = number()
+        if not 0 < n_name <= min(1024, len(data) - at):
+            raise CorruptModelError(f"{path}: a name of {n_name} bytes: no importance matrix")
+        name = data[at : at + n_name].decode("utf-8", "replace")
+        at += n_name
+        n_calls, n_values = number(), number()
+        if n_values < 1 or n_values > (len(data) - at) // 4:
+            raise CorruptModelError(f"{path}: {name} has {n_values} values, more than the file")
+        values = np.frombuffer(data, "<f4", n_values, at).astype(np.float32)
+        at += 4 * n_values
+        found[name] = (values / max(1, n_calls)).reshape(1, -1)
+    return found
