@@ -18,6 +18,7 @@ import weight_formats
 
 import smallm
 from smallm.convert import TYPES
+from smallm.quantize import TYPES as QUANTIZED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,7 +106,7 @@ def test_readme_shell_and_c(smollm2: smallm.Model, tmp_path: Path) -> None:
     compiler()
     (tmp_path / "hello.c").write_text(blocks("c")[0], encoding="utf-8")
     for text in blocks("sh"):
-        if any(f"smallm {name}" in text for name in ("convert", "merge", "ppl")):
+        if any(f"smallm {name}" in text for name in ("convert", "merge", "ppl", "quantize")):
             continue  # tests of their own
         done = run(["bash", "-e", "-c", text], tmp_path)
         assert "Traceback" not in done.stderr
@@ -123,6 +124,21 @@ def test_readme_convert(tmp_path: Path) -> None:
     first, _, answer = done.stdout.partition("\n")
     assert first == "smollm2.gguf" and answer.strip()
     for name in TYPES:
+        assert f"`{name}`" in README
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_readme_quantize(tmp_path: Path) -> None:
+    """With a small random model in place of the real one."""
+    (text,) = (text for text in blocks("sh") if "smallm quantize" in text)
+    template = {"tokenizer.chat_template": tiny.CHATML}
+    tiny.write_tiny(
+        tmp_path / "smollm2-f16.gguf", tokenizer="bpe", n_embd=256, types="F16", extra=template
+    )
+    done = run(["bash", "-e", "-c", text], tmp_path)
+    first, _, answer = done.stdout.partition("\n")
+    assert first == "smollm2-q4.gguf" and answer.strip()
+    for name in QUANTIZED:
         assert f"`{name}`" in README
 
 

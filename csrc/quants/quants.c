@@ -63,12 +63,14 @@ const struct sm_quant sm_quants[SM_TYPE_COUNT] = {
 };
 
 sm_quantize_fn *sm_quantizer(enum sm_type t) {
-    static sm_quantize_fn *const writers[SM_TYPE_COUNT] = {
-#define SM_WRITER(NAME, name) [SM_TYPE_##NAME] = sm_quantize_##name,
+    static const struct {
+        sm_quantize_fn *quantize;
+    } writers[SM_TYPE_COUNT] = {
+#define SM_WRITER(NAME, name) [SM_TYPE_##NAME] = {sm_quantize_##name},
 #include "writers.def"
 #undef SM_WRITER
     };
-    return writers[t];
+    return writers[t].quantize;
 }
 
 enum sm_type sm_quant_from_gguf(uint32_t gguf_id) {

@@ -29,7 +29,7 @@ class Format(NamedTuple):
 @lru_cache(maxsize=1)
 def formats() -> dict[str, Format]:
     """All that the library reads, by name."""
-    found = {}
+    found: dict[str, Format] = {}
     error, entry = new("error"), new("format")
     while check(lib.smallm_get_format(len(found), entry, error), error) != lib.SMALLM_DONE:
         name = text(entry.name)

@@ -44,7 +44,7 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
     kind = header.text("general.type")
     if kind != "imatrix":
         raise UnsupportedModelError(f"{path}: general.type is {kind!r}, not 'imatrix'")
-    tensors = {}
+    tensors: dict[str, Floats] = {}
     with open(path, "rb") as file:
         for t in header.tensors:
             if t.type != 0:
@@ -53,7 +53,7 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
             data = b"".join(read_pieces(file, header, t, 0, size, max(1, size)))
             n_cols = t.dims[0] if t.dims[0] else 1
             tensors[t.name] = np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, n_cols)
-    found = {}
+    found: dict[str, Floats] = {}
     for name, sums in tensors.items():
         if not name.endswith(SUMS):
             continue
@@ -61,7 +61,7 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
         counts = tensors.get(matrix + COUNTS)
         if counts is None or counts.size != sums.shape[0]:
             raise CorruptModelError(f"{path}: {name} has no counts of its {sums.shape[0]} matrices")
-        found[matrix] = sums / np.maximum(counts.reshape(-1, 1), 1)
+        found[matrix] = sums / np.maximum(counts.reshape(-1, 1), np.float32(1))
     return found
 
 
@@ -77,7 +77,7 @@ def _read_old(path: Path) -> dict[str, Floats]:
         value: int = struct.unpack_from("<i", data, at - 4)[0]
         return value
 
-    found = {}
+    found: dict[str, Floats] = {}
     for _ in range(number()):
         n_name = number()
         if not 0 < n_name <= min(1024, len(data) - at):
@@ -89,5 +89,5 @@ def _read_old(path: Path) -> dict[str, Floats]:
             raise CorruptModelError(f"{path}: {name} has {n_values} values, more than the file")
         values = np.frombuffer(data, "<f4", n_values, at).astype(np.float32)
         at += 4 * n_values
-        found[name] = (values / max(1, n_calls)).reshape(1, -1)
+        found[name] = (values / np.float32(max(1, n_calls))).reshape(1, -1)
     return found

@@ -1,0 +1,474 @@
+"""smallm.quantize: files in other formats, and how near the numbers stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from gguf import GGMLQuantizationType as GgmlType
+
+import smallm
+from smallm.quantize import TYPES, quantize, read_importance
+from smallm.quantize._formats import formats, rewrite
+
+WRITABLE = [name for name, f in formats().items() if f.writable]
+BLOCKS = [name for name in WRITABLE if formats()[name].n_values > 1]
+
+
+def numbers(n_rows: int = 16, n_cols: int = 512) -> np.ndarray:
+    """Sums of six uniform numbers, the same everywhere: float32 [n_rows, n_cols]."""
+    x = np.random.default_rng(7).integers(-(1 << 20), 1 << 20, (6, n_rows, n_cols)).sum(0)
+    return (x * 2.0**-24).astype(np.float32)
+
+
+def written(x: np.ndarray, name: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and values of x in the format."""
+    known = formats()
+    data = rewrite(x, known["F32"], known[name], x.shape[1], **options)
+    stored = data.view({"F32": np.float32, "F16": np.float16}.get(name, np.uint8))
+    return data, gguf.quants.dequantize(stored, GgmlType[name]).reshape(x.shape)
+
+
+def loss(x: np.ndarray, values: np.ndarray, weights: Any = 1) -> float:
+    return float((weights * (values.astype(np.float64) - x) ** 2).sum())
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+# Relative root mean square errors of numbers() that the formats are known to reach.
+ERRORS = {
+    "Q4_0": 0.0815, "Q4_1": 0.0745, "Q5_0": 0.0410, "Q5_1": 0.0363, "Q8_0": 0.0054,
+    "Q2_K": 0.278, "Q3_K": 0.147, "Q4_K": 0.0705, "Q5_K": 0.0350, "Q6_K": 0.0173,
+    "TQ1_0": 0.437, "TQ2_0": 0.437,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_errors_are_small(name: str) -> None:
+    x = numbers()
+    assert np.sqrt(loss(x, written(x, name)[1]) / loss(x, 0 * x)) < ERRORS[name]
+    assert not loss(0 * x, written(0 * x, name)[1])
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"])
+def test_errors_are_below_those_of_plain_rounding(name: str) -> None:
+    x = numbers()
+    plain = gguf.quants.quantize(x, GgmlType[name])
+    assert loss(x, written(x, name)[1]) < loss(x, gguf.quants.dequantize(plain, GgmlType[name]))
+
+
+def test_floats_are_rounded_to_the_nearest() -> None:
+    x = numbers()
+    x[0, :8] = [0, -0.0, 1e-8, -6e-8, 65504, 65519, 1.0009765, 1.00048828125]
+    assert np.array_equal(written(x, "F32")[1], x)
+    assert np.array_equal(written(x, "F16")[0].view(np.float16), x.astype(np.float16))
+    expected = gguf.quants.quantize(x, GgmlType.BF16)
+    assert np.array_equal(written(x, "BF16")[0], expected.view(np.uint8).reshape(len(x), -1))
+
+
+# The 32-wide formats' grids can be found again; those of 256 have scales of scales.
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"])
+def test_what_is_on_the_grid_stays(name: str) -> None:
+    _, once = written(numbers(), name)
+    _, twice = written(once.astype(np.float32), name)
+    assert loss(once, twice) < 1e-5 * loss(once, 0 * once)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_ternary_numbers_are_exact_where_a_format_can(name: str) -> None:
+    x = np.float32(0.03125) * np.random.default_rng(1).integers(-1, 2, (4, 256)).astype(np.float32)
+    _, values = written(x, name)
+    if name.startswith("TQ"):
+        assert np.array_equal(values, x)
+    else:
+        assert np.abs(values - x).max() < 0.004
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_importance_moves_errors_to_where_they_do_not_matter(name: str) -> None:
+    if name == "Q8_0":
+        pytest.skip("8 bits leave nothing to choose")
+    x = numbers()
+    weights = np.where(np.arange(x.shape[1]) % 3 == 0, 9, 0.2).astype(np.float32)
+    _, plain = written(x, name)
+    _, weighted = written(x, name, importance=weights)
+    assert loss(x, weighted, weights) < 0.99 * loss(x, plain, weights)
+    assert np.array_equal(written(x, name, importance=0 * weights)[1], plain)
+    assert np.array_equal(written(x, name, importance=weights * 1024)[1], weighted)
+
+
+DIGEST = "abb5a7671849851c4766ffe9e4254163b4a4b7170dd5978902c8cbd876bc9c11"
+
+
+def test_the_bytes_are_the_same_everywhere_and_for_all_threads() -> None:
+    x = numbers(37)
+    weights = 1 + np.arange(512, dtype=np.float32) % 7
+    digests = []
+    for threads in (1, 2, 5):
+        digest = hashlib.sha256()
+        for name in BLOCKS:
+            digest.update(written(x, name, threads=threads)[0])
+            digest.update(written(x, name, threads=threads, importance=weights)[0])
+        digests.append(digest.hexdigest())
+    assert digests == [DIGEST] * 3
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_any_magnitude(name: str) -> None:
+    """Tiny numbers vanish or are met; the largest that fit are, and larger ones are refused."""
+    rng = np.random.default_rng(3)
+    for exponent in (-149, -60, -41, -30, -24, -14, 0, 15):
+        x = np.ldexp(rng.standard_normal((2, 256)), exponent).astype(np.float32)
+        _, values = written(x, name)
+        assert np.isfinite(values).all()
+        # What half a unit of the smallest float16, as a scale of codes below 32, may cost.
+        assert loss(x, values) <= 1.0001 * loss(x, 0 * x) + x.size * (31 * 2.0**-25) ** 2
+    for value in (1e9, 3e38):
+        x = numbers()
+        x[3, 300] = -value
+        with pytest.raises(smallm.UnsupportedModelError, match="row 3, column 300: the value -"):
+            written(x, name)
+    for value in (np.inf, np.nan):
+        x[5, 17], x[9, 1] = value, np.nan
+        x[3, 300] = 0
+        with pytest.raises(smallm.CorruptModelError, match="row 5, column 17: the value is"):
+            written(x, name, threads=2)
+
+
+def test_float16_has_an_end() -> None:
+    x = numbers()
+    x[1, 2] = 65520
+    with pytest.raises(smallm.UnsupportedModelError, match=r"row 1, column 2.*65520.*F16"):
+        written(x, "F16")
+    x[1, 2] = np.nan
+    with pytest.raises(smallm.CorruptModelError, match="row 1, column 2"):
+        written(x, "BF16")
+
+
+def test_arguments_of_the_c_function() -> None:
+    x, known = numbers(), formats()
+    with pytest.raises(ValueError, match="importance"):
+        written(x, "Q4_0", importance=np.ones(511, np.float32))
+    for bad in (-1, np.nan, np.inf):
+        weights = np.ones(512, np.float32)
+        weights[7] = bad
+        with pytest.raises(ValueError, match=r"importance\[7\]"):
+            written(x, "Q4_0", importance=weights)
+    with pytest.raises(ValueError, match=r"n_cols is 32.*Q4_K.*256"):
+        rewrite(x, known["F32"], known["Q4_K"], 32)
+    with pytest.raises(ValueError, match="n_threads"):
+        written(x, "Q4_0", threads=999)
+    with pytest.raises(ValueError, match="bytes"):
+        rewrite(x.reshape(-1)[:-1], known["F32"], known["Q4_0"], 512)
+    with pytest.raises(smallm.UnsupportedModelError, match="77"):
+        rewrite(x, known["F32"], known["Q4_0"]._replace(id=77), 512)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that K-quants can hold, float16, with a head of its own."""
+    path = tmp_path_factory.mktemp("quantize") / "wide.gguf"
+    tiny.write_tiny(path, n_embd=256, n_ff=512, n_layer=4, n_head=8, types="F16", tied=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantize") / "narrow.gguf"
+    tiny.write_tiny(path, n_embd=96, n_ff=256, types="F32")
+    return path
+
+
+def types_of(path: Path) -> dict[str, str]:
+    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_each_type_runs_and_keeps_what_the_file_says(
+    wide: Path, tmp_path: Path, type_name: str
+) -> None:
+    made = quantize(wide, tmp_path / "out.gguf", type_name, threads=2, progress=False)
+    old, new = gguf.GGUFReader(wide), gguf.GGUFReader(made.path)
+    kept = {n: f.contents() for n, f in old.fields.items() if not n.startswith("GGUF.")}
+    found = {n: f.contents() for n, f in new.fields.items() if not n.startswith("GGUF.")}
+    name = "ALL_F32" if type_name == "f32" else f"MOSTLY_{type_name.upper()}"
+    kept["general.file_type"] = int(gguf.LlamaFileType[name])
+    kept["general.quantization_version"] = gguf.GGML_QUANT_VERSION
+    assert found == kept
+    assert made.size == made.path.stat().st_size and not made.narrow
+    kinds = types_of(made.path)
+    assert {k: list(kinds.values()).count(k) for k in made.tensors} == made.tensors
+    base = type_name.upper()[:4].rstrip("_") if type_name[:2] != "tq" else type_name.upper()
+    assert kinds["blk.1.ffn_gate.weight"] == base
+    for o, n in zip(old.tensors, new.tensors, strict=True):
+        assert (o.name, tuple(o.shape)) == (n.name, tuple(n.shape))
+        if n.tensor_type == o.tensor_type:
+            assert np.array_equal(o.data, n.data)
+    ids = list(range(5, 40))
+    with smallm.load(wide, threads=2) as model:
+        expected = model.logits(ids)
+    with smallm.load(made.path, threads=2) as model:
+        off = model.logits(ids) - expected
+    # Of what this model's logits vary by, which its weights move a lot: about twice with each bit.
+    allowed = {"f": 0.001, "b": 0.02, "8": 0.08, "6": 0.18, "5": 0.36, "4": 0.7, "3": 1.0, "2": 1.3}
+    error = np.sqrt(np.mean(off**2)) / expected.std()
+    assert error < allowed.get(type_name[0 if type_name[0] in "fb" else 1], 1.5)
+
+
+def test_llama_cpp_loads_each_type(wide: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    for type_name in TYPES:
+        path = quantize(wide, tmp_path / f"{type_name}.gguf", type_name, progress=False).path
+        llama_cpp.Llama(str(path), n_ctx=64, verbose=False).eval(list(range(5, 20)))
+
+
+MIXES = {
+    "q2_k": {"Q2_K", "Q3_K", "Q4_K", "Q6_K"},
+    "q3_k_s": {"Q3_K", "Q6_K"},
+    "q3_k_m": {"Q3_K", "Q4_K", "Q5_K", "Q6_K"},
+    "q3_k_l": {"Q3_K", "Q5_K", "Q6_K"},
+    "q4_k_s": {"Q4_K", "Q5_K", "Q6_K"},
+    "q4_k_m": {"Q4_K", "Q6_K"},
+    "q5_k_s": {"Q5_K", "Q6_K"},
+    "q5_k_m": {"Q5_K", "Q6_K"},
+}
+
+
+@pytest.mark.parametrize("type_name", MIXES)
+def test_mixes(wide: Path, tmp_path: Path, type_name: str) -> None:
+    path = quantize(wide, tmp_path / "out.gguf", type_name, progress=False).path
+    kinds = types_of(path)
+    assert kinds["output.weight"] == "Q6_K" and kinds["output_norm.weight"] == "F32"
+    used = set(kinds.values()) - {"F32"}
+    assert used <= MIXES[type_name] and len(used) >= min(2, len(MIXES[type_name]))
+
+
+def test_rows_that_no_256_divides_get_a_format_of_their_kind(narrow: Path, tmp_path: Path) -> None:
+    made = quantize(narrow, tmp_path / "out.gguf", "q4_k_m", progress=False)
+    kinds = types_of(made.path)
+    assert kinds["blk.0.attn_q.weight"] == "Q4_1" and kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_down.weight"][-2:] == "_K"
+    assert made.narrow["Q4_1 for Q4_K"] == list(kinds.values()).count("Q4_1")
+    with smallm.load(made.path, threads=1) as model:
+        assert np.isfinite(model.logits([5, 6, 7])).all()
+
+
+def test_keep(narrow: Path, tmp_path: Path) -> None:
+    keep = ["blk.1.attn_?.weight=bf16", "*.attn_v.*=q8_0", "*.attn_q.*=Q5_1"]
+    kinds = types_of(quantize(narrow, tmp_path / "o", "q4_0", keep=keep, progress=False).path)
+    assert [kinds[f"blk.{i}.attn_v.weight"] for i in (0, 1)] == ["Q8_0", "BF16"]
+    assert [kinds[f"blk.{i}.attn_q.weight"] for i in (0, 1)] == ["Q5_1", "BF16"]
+    for rule, words in {
+        "output": "PATTERN=TYPE",
+        "=q4_0": "PATTERN=TYPE",
+        "*=q9_9": "q9_9.*q8_0",
+        "*.attn_q.*=q4_k": "attn_q.weight has rows of 96 values; those of Q4_K are multiples",
+        "nothing=q8_0": "nothing.*no matrix",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            quantize(narrow, tmp_path / "o2", "q4_0", keep=[rule], progress=False)
+    assert not (tmp_path / "o2").exists()
+
+
+def test_threads_and_pieces_change_nothing(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = quantize(wide, tmp_path / "a", "q4_k_m", threads=1, progress=False).path.read_bytes()
+    monkeypatch.setattr("smallm.quantize._quantize.PIECE_VALUES", 3000)
+    assert quantize(wide, tmp_path / "b", "q4_k_m", threads=3).path.read_bytes() == one
+
+
+# ---- importance ----------------------------------------------------------------------------------
+
+
+def write_imatrix(path: Path, entries: dict[str, np.ndarray], counts: float = 4) -> None:
+    """GGUF, as llama.cpp writes it.  entries: [n_experts, n_cols]."""
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_string("general.type", "imatrix")
+    for name, values in entries.items():
+        writer.add_tensor(name + ".in_sum2", values.astype(np.float32) * np.float32(counts))
+        writer.add_tensor(name + ".counts", np.full((len(values), 1), counts, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_old_imatrix(path: Path, entries: dict[str, np.ndarray], calls: int = 3) -> None:
+    with open(path, "wb") as file:
+        file.write(struct.pack("<i", len(entries)))
+        for name, values in entries.items():
+            file.write(struct.pack("<i", len(name)) + name.encode())
+            file.write(struct.pack("<ii", calls, values.size))
+            file.write((values * calls).astype("<f4").tobytes())
+        file.write(struct.pack("<ii", 7, 4) + b"text")
+
+
+@pytest.mark.parametrize("write", [write_imatrix, write_old_imatrix])
+def test_importance_of_a_file(wide: Path, tmp_path: Path, write: Any) -> None:
+    name = "blk.2.ffn_down.weight"
+    weights = np.where(np.arange(512) % 4 == 0, 5, 0.1).astype(np.float32)
+    write(tmp_path / "i", {name: weights[None]})
+    assert np.allclose(read_importance(tmp_path / "i")[name], weights)
+    source = {t.name: t for t in gguf.GGUFReader(wide).tensors}[name].data.astype(np.float32)
+    errors = []
+    for imatrix in (None, tmp_path / "i"):
+        made = quantize(wide, tmp_path / "o", "q4_k_s", imatrix=imatrix, progress=False)
+        tensor = {t.name: t for t in gguf.GGUFReader(made.path).tensors}[name]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        errors.append(loss(source, values, weights))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_importance_of_experts(tmp_path: Path) -> None:
+    name = "blk.0.ffn_down_exps.weight"
+    x = numbers(3 * 8, 64).reshape(3, 8, 64)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "x")
+    writer.add_tensor(name, x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    weights = np.random.default_rng(5).random((3, 64)).astype(np.float32)
+    weights[1] = 0  # never asked
+    write_imatrix(tmp_path / "i", {name: weights})
+    made = quantize(
+        tmp_path / "m.gguf", tmp_path / "o", "q4_0", imatrix=tmp_path / "i", progress=False
+    )
+    data = np.asarray(gguf.GGUFReader(made.path).tensors[0].data).reshape(3, 8, -1)
+    for i in range(3):
+        assert np.array_equal(data[i], written(x[i], "Q4_0", importance=weights[i])[0])
+
+
+def test_importance_that_is_none(wide: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "i"
+
+    def refusal() -> str:
+        with pytest.raises(smallm.SmallmError) as caught:
+            quantize(wide, tmp_path / "o", "q4_0", imatrix=bad, progress=False)
+        assert not (tmp_path / "o").exists()
+        return str(caught.value)
+
+    assert "no such file" in refusal()
+    for content in (b"", b"\1\0\0\0", struct.pack("<ii", 1, 1 << 30), b"text, and no numbers" * 9):
+        bad.write_bytes(content)
+        assert "i: " in refusal()
+    bad.write_bytes(wide.read_bytes())
+    assert "'imatrix'" in refusal()
+    write_imatrix(bad, {"blk.0.ffn_down.weight": np.ones((1, 17))})
+    assert "has 17 values; its rows have 512" in refusal()
+    write_imatrix(bad, {"other": np.ones((1, 17))})
+    assert "none of its names" in refusal()
+    write_imatrix(bad, {"blk.0.ffn_down.weight": np.full((1, 512), np.nan)})
+    assert "not finite" in refusal()
+
+
+# ---- the command, and what is refused ------------------------------------------------------------
+
+
+def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "smallm", *map(str, words)]
+    return subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parent)
+
+
+def test_command(narrow: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    done = command("quantize", narrow, out, "Q4_K")
+    assert (done.returncode, done.stdout) == (0, f"{out}\n")
+    assert "Q4_1 for Q4_K" in done.stderr and "bits per weight" in done.stderr
+    done = command("quantize", narrow, out, "q8_0", "--keep", "*attn_q*=f16", "--json", "-t", "1")
+    answer = json.loads(done.stdout)
+    assert answer["path"] == str(out) and answer["tensors"]["F16"] == 2
+    done = command("quantize", narrow, out, "q9")
+    assert done.returncode == 1 and "q9" in done.stderr and "q4_k_m" in done.stderr
+    done = command("quantize", out, tmp_path / "b.gguf", "q4_0")
+    assert done.returncode == 1 and "Q8_0 already" in done.stderr
+    assert command("quantize", out, tmp_path / "b.gguf", "q4_0", "--requantize").returncode == 0
+
+
+def test_refusals(wide: Path, tmp_path: Path) -> None:
+    def refused(source: Path, words: str, error: type[Exception] = smallm.SmallmError) -> None:
+        with pytest.raises(error, match=words):
+            quantize(source, tmp_path / "o", "q4_0", progress=False)
+        assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".*"))
+
+    with pytest.raises(ValueError, match="is the file to read"):
+        quantize(wide, wide, "q4_0")
+    with pytest.raises(smallm.ModelNotFoundError, match="nowhere"):
+        quantize(wide, tmp_path / "nowhere" / "o", "q4_0")
+    refused(tmp_path / "none", "no such file", smallm.ModelNotFoundError)
+    whole, bad = wide.read_bytes(), tmp_path / "bad.gguf"
+    for n in (0, 3, 20, 100, 5000, len(whole) // 2, len(whole) - 1):
+        bad.write_bytes(whole[:n])
+        refused(bad, "bad.gguf", smallm.CorruptModelError)
+    bad.write_bytes(b"GGUF" + struct.pack("<IQQ", 9, 0, 0))
+    refused(bad, "version 9")
+    for extra, words in (
+        ({"split.count": tiny.KV(tiny.Kind.UINT16, 2)}, "split"),
+        ({"general.type": "adapter"}, "'adapter'"),
+    ):
+        tiny.write_tiny(bad, extra=extra)
+        refused(bad, words, smallm.UnsupportedModelError)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_weight_is_named(tmp_path: Path, value: float) -> None:
+    def edit(tensors: dict[str, tiny.Tensor]) -> None:
+        tensors["blk.1.ffn_up.weight"].data[3, 5] = value
+
+    tiny.write_tiny(tmp_path / "m.gguf", edit=edit)
+    with pytest.raises(smallm.CorruptModelError, match=r"blk\.1\.ffn_up\.weight.*row 3, column 5"):
+        quantize(tmp_path / "m.gguf", tmp_path / "o", "q4_0", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_ctrl_c_leaves_what_was_there(wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"before")
+
+    def stop(done: int, total: int | None) -> None:
+        assert total is not None
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(wide, out, "q4_0", progress=stop)
+    assert out.read_bytes() == b"before" and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL, no limits of files")
+def test_a_kill_and_a_full_disk(wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+
+    def run(body: str) -> subprocess.CompletedProcess[str]:
+        code = f"import os, resource, signal, sys\nfrom smallm.quantize import quantize\n{body}"
+        program = [sys.executable, "-c", code, str(wide), str(out)]
+        return subprocess.run(program, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    done = run(
+        "quantize(sys.argv[1], sys.argv[2], 'q8_0', progress=lambda done, total: "
+        "done > total // 2 and os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    assert done.returncode == -signal.SIGKILL and not out.exists()
+    for left in tmp_path.iterdir():
+        assert left.suffix == ".part"
+        os.unlink(left)
+    done = run(
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "quantize(sys.argv[1], sys.argv[2], 'q8_0', progress=False)"
+    )
+    assert done.returncode == 1 and "OSError" in done.stderr and not list(tmp_path.iterdir())
