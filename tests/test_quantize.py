@@ -128,7 +128,7 @@ def test_the_bytes_are_the_same_everywhere_and_for_all_threads() -> None:
 def test_any_magnitude(name: str) -> None:
     """Tiny numbers vanish or are met; the largest that fit are, and larger ones are refused."""
     rng = np.random.default_rng(3)
-    for exponent in (-149, -60, -41, -30, -24, -14, 0, 15):
+    for exponent in (-149, -60, -41, -30, -24, -14, 0, 13):
         x = np.ldexp(rng.standard_normal((2, 256)), exponent).astype(np.float32)
         _, values = written(x, name)
         assert np.isfinite(values).all()
