@@ -1,4 +1,4 @@
-"""smallm's quantizer beside llama.cpp's, on the same weights and at the same size.
+"""smallm's quantizer beside llama.cpp's, on the same weights; the sizes are shown.
 
     python benchmarks/quantizers.py --peer llama-cpp-python=ENV/bin/python
 
