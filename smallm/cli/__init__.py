@@ -437,7 +437,9 @@ def convert(source: str, out: str, type_name: str, as_json: bool) -> None:
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.argument("type_name", metavar="TYPE")
-@click.option("--imatrix", type=click.Path(), help="Where errors matter: a file of llama.cpp's llama-imatrix.")
+@click.option(
+    "--imatrix", type=click.Path(), help="Where errors matter: a file of llama.cpp's llama-imatrix."
+)
 @click.option(
     "--keep",
     multiple=True,
