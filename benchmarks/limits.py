@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import gguf
 from common import Probes
 
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16", "NVFP4")
 TIERS = ("avx2", "avxvnni", "avx512vnni", "amx")  # those that probes.c knows
 
 

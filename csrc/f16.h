@@ -64,6 +64,9 @@ static inline uint16_t sm_f32_to_bf16(float x) {
 
 /* A float16 as it lies in a file's block, at any alignment. */
 static inline uint16_t sm_u16_at(const uint8_t p[2]) { return (uint16_t)(p[0] | p[1] << 8); }
+static inline uint32_t sm_u32_at(const uint8_t p[4]) {
+    return sm_u16_at(p) | (uint32_t)sm_u16_at(p + 2) << 16;
+}
 static inline float sm_f16_at(const uint8_t p[2]) { return sm_f16_to_f32(sm_u16_at(p)); }
 static inline bool sm_f16_is_finite_at(const uint8_t p[2]) { return (p[1] & 0x7Cu) != 0x7Cu; }
 

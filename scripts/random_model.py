@@ -92,6 +92,19 @@ TYPES = {
     "q4_k": (Type.Q4_K, FileType.MOSTLY_Q4_K_S),
     "q5_k": (Type.Q5_K, FileType.MOSTLY_Q5_K_S),
     "q6_k": (Type.Q6_K, FileType.MOSTLY_Q6_K),
+    "iq4_nl": (Type.IQ4_NL, FileType.MOSTLY_IQ4_NL),
+    "iq4_xs": (Type.IQ4_XS, FileType.MOSTLY_IQ4_XS),
+    "mxfp4": (Type.MXFP4, FileType.MOSTLY_MXFP4_MOE),
+    "nvfp4": (Type.NVFP4, FileType.MOSTLY_NVFP4),
+    "iq3_s": (Type.IQ3_S, FileType.MOSTLY_IQ3_S),
+    "iq3_xxs": (Type.IQ3_XXS, FileType.MOSTLY_IQ3_XXS),
+    "iq2_s": (Type.IQ2_S, FileType.MOSTLY_IQ2_S),
+    "iq2_xs": (Type.IQ2_XS, FileType.MOSTLY_IQ2_XS),
+    "iq2_xxs": (Type.IQ2_XXS, FileType.MOSTLY_IQ2_XXS),
+    "iq1_s": (Type.IQ1_S, FileType.MOSTLY_IQ1_S),
+    "iq1_m": (Type.IQ1_M, FileType.MOSTLY_IQ1_M),
+    "tq2_0": (Type.TQ2_0, FileType.MOSTLY_TQ2_0),
+    "tq1_0": (Type.TQ1_0, FileType.MOSTLY_TQ1_0),
     "q4_k_s": (Type.Q4_K, FileType.MOSTLY_Q4_K_S),
     "q4_k_m": (Type.Q4_K, FileType.MOSTLY_Q4_K_M),
     "q5_k_m": (Type.Q5_K, FileType.MOSTLY_Q5_K_M),
@@ -107,6 +120,16 @@ NARROW = {
     Type.Q4_K: Type.Q5_0,
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
+    Type.IQ4_XS: Type.IQ4_NL,
+    Type.IQ3_S: Type.IQ4_NL,
+    Type.IQ3_XXS: Type.IQ4_NL,
+    Type.IQ2_S: Type.IQ4_NL,
+    Type.IQ2_XS: Type.IQ4_NL,
+    Type.IQ2_XXS: Type.IQ4_NL,
+    Type.IQ1_S: Type.IQ4_NL,
+    Type.IQ1_M: Type.IQ4_NL,
+    Type.TQ1_0: Type.Q4_0,
+    Type.TQ2_0: Type.Q4_0,
 }
 
 
@@ -221,7 +244,8 @@ def plan(shape: Shape, type_name: str) -> list[Tensor]:
 
 # ---- their bytes ---------------------------------------------------------------------------------
 
-# Scales of a block: where the float16 lie that multiply it; True: they may be negative.
+# Scales of a block: where the numbers lie that multiply it (float16, but see get_scale); True: they
+# may be negative.
 SCALES = {
     Type.Q4_0: ((0,), True),
     Type.Q4_1: ((0, 2), False),
@@ -233,9 +257,49 @@ SCALES = {
     Type.Q4_K: ((0, 2), False),
     Type.Q5_K: ((0, 2), False),
     Type.Q6_K: ((208,), True),
+    Type.IQ4_NL: ((0,), True),
+    Type.IQ4_XS: ((0,), True),
+    Type.IQ3_S: ((0,), True),
+    Type.IQ3_XXS: ((0,), True),
+    Type.IQ2_S: ((0,), True),
+    Type.IQ2_XS: ((0,), True),
+    Type.IQ2_XXS: ((0,), True),
+    Type.IQ1_S: ((0,), True),
+    Type.IQ1_M: ((49,), True),
+    Type.TQ1_0: ((52,), True),
+    Type.TQ2_0: ((64,), True),
+    Type.MXFP4: ((0,), False),
+    Type.NVFP4: ((0, 1, 2, 3), False),
 }
 MEAN_CODE = {Type.Q2_K: 1.5, Type.Q4_K: 7.5, Type.Q5_K: 15.5}  # of formats with sub-mins
 N_POOL = 16381  # blocks; a prime, so that no two rows of a tensor begin with the same one
+
+
+def get_scale(type_: Type, blocks: Bytes, at: int) -> Floats:
+    """float32 [n]: the scale at that place of each block."""
+    if type_ == Type.MXFP4:  # a power of two
+        return np.exp2(blocks[:, at].astype(np.float32) - 128)
+    if type_ == Type.NVFP4:  # half an E4M3
+        return gguf.quants.NVFP4.ue4m3_to_fp32(blocks[:, at]).astype(np.float32)
+    if type_ == Type.IQ1_M:  # in the high nibbles of four bytes
+        parts = [(blocks[:, at + 2 * i].astype(np.uint16) >> 4) << 4 * i for i in range(4)]
+        return sum(parts).astype(np.uint16).view(np.float16).astype(np.float32)
+    return blocks[:, at : at + 2].copy().view(np.float16)[:, 0].astype(np.float32)
+
+
+def put_scale(type_: Type, blocks: Bytes, at: int, scales: Floats) -> None:
+    """Sets it to the nearest number that the format has."""
+    if type_ == Type.MXFP4:
+        blocks[:, at] = np.rint(np.log2(scales)) + 128
+    elif type_ == Type.NVFP4:
+        blocks[:, at] = gguf.quants.NVFP4.fp32_to_ue4m3(2 * scales)
+    elif type_ == Type.IQ1_M:
+        bits = scales.astype(np.float16).view(np.uint16)
+        for i in range(4):
+            nibble = (bits >> 4 * i & 15).astype(np.uint8)
+            blocks[:, at + 2 * i] = blocks[:, at + 2 * i] & 15 | nibble << 4
+    else:
+        blocks[:, at : at + 2] = scales.astype(np.float16).view(np.uint8).reshape(-1, 2)
 
 
 @cache
@@ -248,10 +312,9 @@ def pool(type_: Type) -> tuple[Bytes, dict[int, Floats]]:
     places = SCALES[type_][0]
 
     def scales(blocks: Bytes) -> dict[int, Floats]:
-        halves = {at: blocks[:, at : at + 2].copy().view(np.float16)[:, 0] for at in places}
-        return {at: half.astype(np.float32) for at, half in halves.items()}
+        return {at: get_scale(type_, blocks, at) for at in places}
 
-    if n_values == 32:
+    if n_values == 32 and type_ != Type.IQ4_NL:
         values = rng.standard_normal((N_POOL, n_values), dtype=np.float32)
         blocks = gguf.quants.quantize(values, type_)
         return blocks, scales(blocks)
@@ -263,8 +326,9 @@ def pool(type_: Type) -> tuple[Bytes, dict[int, Floats]]:
     elif type_ in MEAN_CODE:  # 12 bytes: 4 sub-scales, 4 sub-mins, low halves of 4 more of each
         blocks[:, 8:12] = blocks[:, 4:8]
         blocks[:, 12:16] = (blocks[:, 12:16] & 15) * 17
-    for at, ratio in zip(places, (1.0, MEAN_CODE.get(type_, 0.0)), strict=False):
-        blocks[:, at : at + 2] = np.array([ratio], np.float16).view(np.uint8)
+    for i, at in enumerate(places):
+        ratio = MEAN_CODE.get(type_, 0.0) if i == 1 and type_ != Type.NVFP4 else 1.0
+        put_scale(type_, blocks, at, np.full(N_POOL, ratio, np.float32))
     std = float(gguf.quants.dequantize(blocks, type_).std())
     return blocks, {at: scale / std for at, scale in scales(blocks).items()}
 
@@ -300,8 +364,7 @@ def encode_blocks(tensor: Tensor, rng: np.random.Generator) -> Bytes:
         if SCALES[tensor.type][1]:
             factor *= rng.choice([-1.0, 1.0], n)
         for at, scale in scales.items():
-            half = (scale[turn] * factor).astype(np.float16)
-            out[first : first + n, at : at + 2] = half.view(np.uint8).reshape(-1, 2)
+            put_scale(tensor.type, out[first : first + n], at, scale[turn] * factor)
     return out.reshape(tensor.shape[0], -1)
 
 

@@ -23,7 +23,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
-_FLOAT_TYPES = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
+# NVFP4 is run as floats: its values are bfloat16.
+_FLOAT_TYPES = (GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.NVFP4)
 
 
 def round_int8(x: np.ndarray, block: int) -> np.ndarray:

@@ -44,6 +44,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "Q6_K": {"types": "Q6_K", "n_embd": 256, "n_ff": 512},
     "TQ1_0": {"types": "TQ1_0", "n_embd": 256, "n_ff": 256},
     "TQ2_0": {"types": "TQ2_0", "n_embd": 256, "n_ff": 512},
+    "IQ4_NL": {"types": "IQ4_NL", "n_embd": 160, "n_head": 5, "n_head_kv": 1, "n_ff": 224},
+    "MXFP4": {"types": "MXFP4", "tied": False},
+    "IQ4_XS": {"types": "IQ4_XS", "n_embd": 256, "n_ff": 512},
+    "IQ3_S": {"types": "IQ3_S", "n_embd": 256, "n_ff": 256},
+    "IQ2_XXS": {"types": "IQ2_XXS", "n_embd": 256, "n_ff": 256},
+    "IQ1_M": {"types": "IQ1_M", "n_embd": 256, "n_ff": 256},
+    "NVFP4": {"types": "NVFP4", "n_ff": 128},
 }
 
 CACHES = {"f16": lib.SMALLM_KV_F16, "f32": lib.SMALLM_KV_F32, "q8": lib.SMALLM_KV_Q8}

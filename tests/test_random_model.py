@@ -40,6 +40,8 @@ def check(path: Path) -> None:
 
 
 INTEGER = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+INTEGER += ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"]
+INTEGER += ["iq1_s", "iq1_m", "tq2_0", "tq1_0"]
 TYPES = ["f32", "f16", "bf16", *INTEGER, "q4_k_s", "q4_k_m", "q5_k_m"]
 
 

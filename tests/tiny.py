@@ -19,10 +19,12 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFValueType as Kind
 
 # Formats that `gguf.quants` only reads; random valid blocks of them are made here.
-K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")  # blocks of 256
-BLOCK_FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+IQ_QUANTS = ("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M")
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", *IQ_QUANTS)  # blocks of 256
+BLOCK_FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
 FLOAT_FORMATS = ("F32", "F16", "BF16")
-FORMATS = FLOAT_FORMATS + BLOCK_FORMATS + K_QUANTS
+FORMATS = FLOAT_FORMATS + BLOCK_FORMATS + ("NVFP4",) + K_QUANTS
+MADE = (*K_QUANTS, "IQ4_NL", "NVFP4")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n'"
@@ -79,7 +81,7 @@ class Tensor:
 
     @classmethod
     def encode(cls, values: np.ndarray, type_name: str, rng: np.random.Generator) -> Tensor:
-        """`values` in the format; for K-quants random blocks of about the same spread."""
+        """`values` in the format; for those of MADE random blocks of about the same spread."""
         kind = GgmlType[type_name]
         values = np.ascontiguousarray(values, dtype=np.float32)
         block = gguf.GGML_QUANT_SIZES[kind][0]
@@ -89,8 +91,8 @@ class Tensor:
             data = values
         elif type_name == "F16":
             data = values.astype(np.float16)
-        elif type_name in K_QUANTS:
-            data = random_k_quant(kind, values.shape, float(values.std()), rng)
+        elif type_name in MADE:
+            data = random_blocks(kind, values.shape, float(values.std()), rng)
         else:
             data = gguf.quants.quantize(values, kind)
         return cls(kind, values.shape, data)
@@ -100,7 +102,7 @@ class Tensor:
         return gguf.quants.dequantize(self.data, self.type).reshape(self.shape)
 
 
-def random_k_quant(
+def random_blocks(
     kind: GgmlType, shape: tuple[int, ...], std: float, rng: np.random.Generator
 ) -> np.ndarray:
     """uint8 [rows, bytes]: random codes and sub-scales, float16 scales that give about `std`.
@@ -121,11 +123,19 @@ def random_k_quant(
         GgmlType.Q6_K: (208, None, 0.0),
         GgmlType.TQ1_0: (52, None, 0.0),
         GgmlType.TQ2_0: (64, None, 0.0),
-    }[kind]
+    }.get(kind, (0, None, 0.0))
     if min_at is None:
         spread *= rng.choice(np.array([-1, 1], dtype=np.float32), size=n_blocks)
 
     def put(at: int, values: np.ndarray) -> None:
+        if kind == GgmlType.NVFP4:  # a byte for each 16 values, without a sign
+            raw[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(np.abs(values)).reshape(-1, 1)
+            return
+        if kind == GgmlType.IQ1_M:  # the high nibbles of four bytes
+            bits = values.astype(np.float16).view(np.uint16).astype(int)
+            for i in range(4):
+                raw[:, 49 + 2 * i] = raw[:, 49 + 2 * i] & 15 | (bits >> 4 * i & 15) << 4
+            return
         raw[:, at : at + 2] = values.astype(np.float16).reshape(-1, 1).view(np.uint8)
 
     def build(unit: float) -> np.ndarray:
@@ -134,7 +144,7 @@ def random_k_quant(
             put(min_at, spread * unit * min_ratio)
         return raw
 
-    unit = 2.0**-10
+    unit = 2.0**-4
     measured = float(gguf.quants.dequantize(build(unit), kind).std())
     build(unit * std / measured)
     return raw.reshape(shape[0], -1)

@@ -19,6 +19,7 @@
  * Matrix products (matmul).  out[t][r] = dot(row r, activations t).  A lane computes one output,
  * over blocks of k in ascending order, starting from acc = 0:
  *   Q4_0 Q5_0 Q8_0   acc = fma((float)isum, dw * da, acc),   isum = sum (code - offset) * q, exact
+ *   IQ4_NL MXFP4     the same with the value that the format lists for a code: isum = sum value * q
  *   Q4_1 Q5_1        acc = fma((float)isum, dw * da, acc); acc = fma(mw, s, acc),
  *                    isum = sum code * q, exact
  *   K-quants         blocks of 256 in groups (Q4_K 128, Q5_K 64, Q6_K 32, Q2_K and Q3_K 256):
@@ -28,11 +29,15 @@
  *                    acc = fma((float)msum, -(dminw * da), acc), msum = sum over sub-blocks of
  *                    min * sum q
  *   TQ1_0 TQ2_0      acc = fma((float)isum, dw * da, acc) per 256, isum = sum (code - 1) * q, exact
- *   F32 F16 BF16     acc = fma(w, x, acc) for each k ascending
+ *   IQ4_XS IQ1..IQ3  acc = fma((float)isum, dw * da, acc) per group (IQ4_XS 32, IQ2 and IQ3_XXS 64,
+ *                    IQ3_S and IQ1 256), isum = sum over sub-blocks of 16 of scale * sum value * q,
+ *                    exact in int32 and in float; values and scales are whole numbers (codes.def), and
+ *                    dw is d / 8 for IQ1 and IQ2, d / 4 for IQ3_XXS
+ *   F32 F16 BF16     acc = fma(w, x, acc) for each k ascending; NVFP4 likewise, w its value
  Adapters.  To the product of a matrix with x a pair (A, B) adds, before the bias:
  *   u_i = (A x)_i * (scale * (alpha / rank));  out_r = out_r + (B u)_r
  * A x, of the float32 x, and B u as for F32; each other operation rounded once.
- * dw, mw, dminw are the file's float16 scales as float; da, s the activation's.
+ * dw, mw, dminw are the file's scales as float; da, s the activation's.
  *
  * Attention (attend, attend_fold).  Scores, probabilities and sums within one absolute chunk of
  * SM_CHUNK positions; only positions lo <= j < hi of the chunk are valid:

@@ -9,18 +9,22 @@
 
 /* Row of codes.def, or block 0 for float formats. */
 static struct sm_layout layout_of(enum sm_type t) {
-    static const struct sm_layout layouts[SM_TYPE_COUNT] = {
-#define SM_CODES(NAME, name, block, sub, group, mins, scales, low, high, bias) \
-    [SM_TYPE_##NAME] = {block, sub, group, mins, SM_SCALES_##scales, low, high, bias},
+    switch (t) {
+#define SM_CODES(NAME, name, ...) \
+    case SM_TYPE_##NAME: return sm_layout_##name();
+#define SM_SAME(NAME, name, AS, as) SM_CODES(NAME, name, )
 #include "../quants/codes.def"
 #undef SM_CODES
-    };
-    return layouts[t];
+    default: return (struct sm_layout){0};
+    }
 }
+
+/* The float type of a panel's values. */
+static enum sm_type as_kept(enum sm_type t) { return t == SM_TYPE_NVFP4 ? SM_TYPE_BF16 : t; }
 
 size_t sm_panel_bytes(enum sm_type t, size_t k) {
     struct sm_layout f = layout_of(t);
-    if (f.block == 0) return sm_round_up(k, SM_SLAB) * ROWS * sm_quants[t].block_bytes;
+    if (f.block == 0) return sm_round_up(k, SM_SLAB) * ROWS * sm_quants[as_kept(t)].block_bytes;
     return sm_round_up(k / (size_t)f.block * sm_layout_bytes(f), SM_ALIGN);
 }
 
@@ -35,6 +39,23 @@ INLINE void pack_floats(size_t size, uint8_t *panel, const uint8_t *rows, size_t
         for (size_t r = 0; r < n_rows; r++)
             for (size_t c = first; c < SM_MIN(first + SM_SLAB, k); c++)
                 memcpy(panel + (c * ROWS + r) * size, rows + (r * k + c) * size, size);
+}
+
+/* NVFP4: its values, which bfloat16 holds. */
+static void pack_values(uint8_t *panel, const uint8_t *rows, size_t n_rows, size_t k) {
+    const struct sm_quant *q = &sm_quants[SM_TYPE_NVFP4];
+    memset(panel, 0, sm_panel_bytes(SM_TYPE_NVFP4, k));
+    for (size_t c = 0; c < k; c += 64)
+        for (size_t r = 0; r < n_rows; r++) {
+            float values[64];
+            q->dequantize(rows + (r * k + c) / 64 * q->block_bytes, values, 1);
+            for (size_t j = 0; j < 64; j++) {
+                uint32_t bits;
+                memcpy(&bits, &values[j], 4);
+                uint16_t half = (uint16_t)(bits >> 16);
+                memcpy(panel + ((c + j) * ROWS + r) * 2, &half, 2);
+            }
+        }
 }
 
 /* ---- integers -------------------------------------------------------------------------------------------- */
@@ -90,11 +111,13 @@ void sm_panel_pack(enum sm_type t, void *panel, const void *rows, size_t n_rows,
     switch (t) {
 #define SM_CODES(NAME, name, ...)                                                          \
     case SM_TYPE_##NAME:                                                                   \
-        pack_integers(SM_LAYOUT(__VA_ARGS__), sm_parts_##name, sm_quants[t].block_bytes,   \
+        pack_integers(sm_layout_##name(), sm_parts_##name, sm_quants[t].block_bytes,   \
                       panel, rows, n_rows, k);                                             \
         break;
+#define SM_SAME(NAME, name, AS, as) SM_CODES(NAME, name, )
 #include "../quants/codes.def"
 #undef SM_CODES
+    case SM_TYPE_NVFP4: pack_values(panel, rows, n_rows, k); break;
     default:
         if (sm_quants[t].block_bytes == 4) pack_floats(4, panel, rows, n_rows, k);
         else pack_floats(2, panel, rows, n_rows, k);
@@ -105,9 +128,9 @@ void sm_panel_row(enum sm_type t, const void *panel, size_t row, size_t k, float
     struct sm_layout f = layout_of(t);
     const uint8_t *p = panel;
     if (f.block == 0) {
-        size_t size = sm_quants[t].block_bytes;
+        size_t size = sm_quants[as_kept(t)].block_bytes;
         for (size_t c = 0; c < k; c++)
-            sm_quants[t].dequantize(p + (c * ROWS + row) * size, out + c, 1);
+            sm_quants[as_kept(t)].dequantize(p + (c * ROWS + row) * size, out + c, 1);
         return;
     }
     for (size_t b = 0; b < k / (size_t)f.block; b++, p += sm_layout_bytes(f), out += f.block) {

@@ -1,14 +1,14 @@
 /* Layout of packed weights, for the tiers' matrix kernels: static inline only.
  *
  * A panel holds 16 rows.  Integer formats (quants/codes.def), block after block along k:
- *   [16 rows] f16 d, then with mins [16 rows] f16 m
+ *   [16 rows] d, two bytes as the layout says, then with mins [16 rows] f16 m
  *   scales BYTES:    [n_sub][16] int8 scale, then with mins [n_sub][16] uint8 min
  *   scales NIBBLES:  [n_sub][16] scale | min << 4
  *   codes: for each 32 columns a slab of 64 bytes per bit of a code: its low plane, its high plane
  * A slab's columns form 8 groups of 4; a group of one plane is a vector of 64 bytes, 4 columns for
  * each of the 16 rows: byte 4 r + j is column j of row r.  A plane of b bits is b such vectors:
  * vector i holds group i + b n in bits b n .. b n + b - 1 of each byte.
- * Float formats: [k_pad][16 rows] values as stored.
+ * Float formats: [k_pad][16 rows] values as stored; NVFP4: as bfloat16.
  * Missing rows have d = m = 0; missing columns of float panels are 0. */
 #ifndef SM_PANELS_H
 #define SM_PANELS_H

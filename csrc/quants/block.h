@@ -106,6 +106,35 @@ static inline void sm_put_five(const uint8_t code[32], uint8_t high[4], uint8_t 
     for (int j = 0; j < 16; j++) low[j] = (uint8_t)((code[j] & 15) | (code[j + 16] & 15) << 4);
 }
 
+/* The planes of a block of 256 from its codes in order, of low + high bits. */
+static inline void sm_place_codes(const uint8_t codes[256], int low, int high, uint32_t *plane) {
+    const uint32_t low_mask = 0x01010101u * ((1u << low) - 1), high_mask = 0x01010101u * ((1u << high) - 1);
+    for (int slab = 0; slab < 8; slab++, codes += SM_SLAB) {
+        for (int i = 0; i < low + high; i++) {
+            const int bits = i < low ? low : high, first = i < low ? i : i - low;
+            uint32_t word = 0, four;
+            for (int n = 0; n < 8 / bits; n++) { /* group first + bits n */
+                memcpy(&four, codes + 4 * (first + bits * n), 4);
+                word |= (i < low ? four & low_mask : four >> low & high_mask) << bits * n;
+            }
+            *plane++ = word;
+        }
+    }
+}
+
+/* The codes of n neighbouring columns: their places in a grid's entry, `bits` each, and above them
+ * their signs. */
+static inline void sm_grid_codes(unsigned entry, int bits, unsigned signs, int n, uint8_t *codes) {
+    for (int j = 0; j < n; j++)
+        codes[j] = (uint8_t)((entry >> bits * j & ((1u << bits) - 1)) | (signs >> j & 1) << bits);
+}
+
+/* Eight signs from the low seven bits: an even number of them are set. */
+static inline unsigned sm_even_signs(uint32_t seven) {
+    seven &= 127;
+    return seven | (unsigned)__builtin_parity(seven) << 7;
+}
+
 /* Defines sm_parts_<name> from a static inline `take`, which takes one struct block apart. */
 #define SM_DEFINE_PARTS(name)                                                                     \
     void sm_parts_##name(const void *blocks, size_t stride, size_t n, struct sm_parts *parts) {   \

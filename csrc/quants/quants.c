@@ -7,7 +7,9 @@ static uint32_t every_byte(uint32_t x) { return x * 0x01010101u; }
 
 void sm_parts_codes(struct sm_layout f, const struct sm_parts *p, struct sm_codes *c) {
     bool plain = f.scales == SM_SCALES_NONE;
-    c->d = sm_f16_to_f32(p->d);
+    c->d = f.d == SM_D_BF16 ? sm_bf16_to_f32(p->d) : sm_f16_to_f32(p->d);
+    if (f.d == SM_D_FOURTH) c->d *= 0.25f;
+    if (f.d == SM_D_EIGHTH) c->d *= 0.125f;
     c->m = sm_f16_to_f32(p->m);
     if (plain && f.mins) c->m = -c->m; /* it is added; without mins it stays +0 */
     for (int s = 0; s < f.block / f.sub; s++) {
@@ -29,6 +31,7 @@ void sm_parts_codes(struct sm_layout f, const struct sm_parts *p, struct sm_code
                         << f.low;
             memcpy(c->code + at + 4 * g, &four, 4);
         }
+    for (int i = 0; i < f.block && f.table != SM_TABLE_NONE; i++) c->code[i] = sm_table(f.table)[c->code[i]];
 }
 
 void sm_codes_values(struct sm_layout f, const struct sm_codes *c, float *out) {
@@ -39,19 +42,22 @@ void sm_codes_values(struct sm_layout f, const struct sm_codes *c, float *out) {
     }
 }
 
-#define SM_CODES(NAME, name, block, ...)                                                   \
-    void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks) {           \
-        struct sm_layout f = SM_LAYOUT(block, __VA_ARGS__);                                \
-        const uint8_t *p = blocks;                                                         \
-        for (; n_blocks > 0; n_blocks--, out += block) {                                   \
-            struct sm_parts parts;                                                         \
-            struct sm_codes c;                                                             \
-            sm_parts_##name(p, 0, 1, &parts);                                              \
-            sm_parts_codes(f, &parts, &c);                                                 \
-            sm_codes_values(f, &c, out);                                                   \
-            p += sm_quants[SM_TYPE_##NAME].block_bytes;                                    \
-        }                                                                                  \
+static void dequantize(enum sm_type t, struct sm_layout f, sm_parts_fn *take, const uint8_t *p, float *out,
+                       size_t n_blocks) {
+    for (; n_blocks > 0; n_blocks--, p += sm_quants[t].block_bytes, out += f.block) {
+        struct sm_parts parts;
+        struct sm_codes c;
+        take(p, 0, 1, &parts);
+        sm_parts_codes(f, &parts, &c);
+        sm_codes_values(f, &c, out);
     }
+}
+
+#define SM_CODES(NAME, name, ...)                                                                \
+    void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks) {                 \
+        dequantize(SM_TYPE_##NAME, sm_layout_##name(), sm_parts_##name, blocks, out, n_blocks);  \
+    }
+#define SM_SAME(NAME, name, AS, as) SM_CODES(NAME, name, )
 #include "codes.def"
 #undef SM_CODES
 

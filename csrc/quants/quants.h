@@ -45,24 +45,58 @@ static inline size_t sm_row_bytes(enum sm_type t, size_t k) {
 
 enum sm_scales { SM_SCALES_NONE, SM_SCALES_BYTES, SM_SCALES_NIBBLES };
 
+enum sm_table_id {
+    SM_TABLE_NONE, SM_TABLE_IQ4, SM_TABLE_FP4, SM_TABLE_IQ3_XXS, SM_TABLE_IQ3_S, SM_TABLE_IQ2, SM_TABLE_IQ1
+};
+#define SM_TABLE_FP4_BIAS 16
+
+enum sm_d { SM_D_F16, SM_D_FOURTH, SM_D_EIGHTH, SM_D_BF16 };
+
 struct sm_layout { /* a row of codes.def */
     int block, sub, group;
     bool mins;
     enum sm_scales scales;
     int low, high, bias;
+    enum sm_table_id table;
+    enum sm_d d;
 };
 
-#define SM_LAYOUT(block, sub, group, mins, scales, low, high, bias) \
-    ((struct sm_layout){block, sub, group, mins, SM_SCALES_##scales, low, high, bias})
+#define SM_LAYOUT(block, sub, group, mins, scales, low, high, bias, table, d) \
+    ((struct sm_layout){block, sub, group, mins, SM_SCALES_##scales, low, high, bias, SM_TABLE_##table, \
+                        SM_D_##d})
+
+/* [16] codes for the stored ones: the values that formats list, plus the bias.  Stored codes of three
+ * or four bits with signs have them at the top. */
+static inline const uint8_t *sm_table(enum sm_table_id id) {
+    static const uint8_t tables[][16] = {
+        [SM_TABLE_IQ4] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
+        /* E2M1, doubled: 0 1 2 3 4 6 8 12 and their negatives */
+        [SM_TABLE_FP4] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4},
+        /* +-4 12 20 28 36 44 52 62 */
+        [SM_TABLE_IQ3_XXS] = {68, 76, 84, 92, 100, 108, 116, 126, 60, 52, 44, 36, 28, 20, 12, 2},
+        /* +-1 3 5 7 9 11 13 15 */
+        [SM_TABLE_IQ3_S] = {17, 19, 21, 23, 25, 27, 29, 31, 15, 13, 11, 9, 7, 5, 3, 1},
+        /* +-8 25 43; grids have no fourth */
+        [SM_TABLE_IQ2] = {72, 89, 107, 64, 56, 39, 21, 64},
+        /* -8 0 8, one more and one less; grids have no fourth */
+        [SM_TABLE_IQ1] = {9, 17, 25, 16, 7, 15, 23, 16},
+    };
+    return tables[id];
+}
+
+/* Bits of a code after the table, if there is one. */
+static inline int sm_layout_bits(struct sm_layout f) {
+    return f.table == SM_TABLE_NONE ? f.low + f.high : __builtin_ctz((unsigned)f.bias) + 1;
+}
 
 #define SM_SLAB 32 /* columns */
 
-/* One block of an integer format taken apart, its codes as panels keep them (kernels/panels.h): in
+/* One block of an integer format taken apart, its stored codes as panels keep them (kernels/panels.h): in
  * two planes, low bits and high bits.  32 columns are a slab, 4 of them a group.  A plane of b bits
  * is b words a slab: byte j of word i holds column j of the groups i + b n, each in bits
  * b n .. b n + b - 1. */
 struct sm_parts {
-    uint16_t d, m;              /* float16, as the file has them; m is 0 without mins */
+    uint16_t d, m;              /* d as the layout says, m float16; m is 0 without mins */
     uint8_t scale[16], min[16]; /* [block / sub]; NIBBLES: scale holds both; NONE: undefined */
     uint32_t plane[48];         /* [block / 32][low + high] */
 };
@@ -82,7 +116,12 @@ void sm_codes_values(struct sm_layout f, const struct sm_codes *c, float *out);
 
 /* n blocks of a file, which lie `stride` bytes apart, into parts[n]. */
 typedef void sm_parts_fn(const void *blocks, size_t stride, size_t n, struct sm_parts *parts);
-#define SM_CODES(NAME, name, ...) sm_parts_fn sm_parts_##name;
+#define SM_CODES(NAME, name, ...)                    \
+    sm_parts_fn sm_parts_##name;                     \
+    static inline struct sm_layout sm_layout_##name(void) { return SM_LAYOUT(__VA_ARGS__); }
+#define SM_SAME(NAME, name, AS, as)                  \
+    sm_parts_fn sm_parts_##name;                     \
+    static inline struct sm_layout sm_layout_##name(void) { return sm_layout_##as(); }
 #include "codes.def"
 #undef SM_CODES
 

@@ -28,15 +28,7 @@ static inline void take(const struct block *b, struct sm_parts *p) {
     p->d = sm_u16_at(b->d);
     p->m = 0;
     memset(p->scale, 1, sizeof p->scale);
-    for (size_t i = 0; i < 16; i++) { /* word i % 2 of slab i / 2 */
-        uint32_t word = 0;
-        for (size_t n = 0; n < 4; n++) {
-            uint32_t four;
-            memcpy(&four, code + SM_SLAB * (i / 2) + 4 * (i % 2 + 2 * n), 4);
-            word |= four << 2 * n;
-        }
-        p->plane[i] = word;
-    }
+    sm_place_codes(code, 2, 0, p->plane);
 }
 SM_DEFINE_PARTS(tq1_0)
 

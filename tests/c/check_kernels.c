@@ -19,6 +19,7 @@
 #include "kernels/expf.h"
 #include "kernels/kernels.h"
 #include "os.h"
+#include "quants/grids.h"
 
 /* Both builds of the generic tier; sm_kernels_tier gives the better one. */
 void sm_init__generic(struct sm_kernels *k);
@@ -351,8 +352,80 @@ struct block {
     bool float_min, int_min;
 };
 
+/* The values that formats list. */
+static const int iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int fp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+static const int iq3_xxs[8] = {4, 12, 20, 28, 36, 44, 52, 62}, iq2[3] = {8, 25, 43};
+
+static uint32_t word_at(const uint8_t *p, int n) { /* n bytes, the lowest first */
+    uint32_t word = 0;
+    while (n-- > 0) word = word << 8 | p[n];
+    return word;
+}
+/* Sign i (0 .. 7) of a set of seven that are stored: an even number of all are negative. */
+static int sign_of(uint32_t seven, int i) {
+    int n = 0;
+    for (int j = 0; j < 7; j++) n += seven >> j & 1;
+    return (i < 7 ? (int)(seven >> i & 1) : n % 2) ? -1 : 1;
+}
+
+/* Formats of grids: entry, sign and scale of each value. */
+static void read_grid_block(enum sm_type t, const uint8_t *p, struct block *b) {
+    b->group = t == SM_TYPE_IQ1_S || t == SM_TYPE_IQ1_M || t == SM_TYPE_IQ3_S ? 256 : 64;
+    b->d *= t == SM_TYPE_IQ3_S ? 1.0f : t == SM_TYPE_IQ3_XXS ? 0.25f : 0.125f;
+    for (int i = 0; i < 256; i++) {
+        int eight = i / 8, four = i / 4, scale = 0, less;
+        uint32_t word;
+        switch (t) {
+        case SM_TYPE_IQ2_XXS:
+            word = word_at(p + 2 + 8 * (i / 32) + 4, 4);
+            scale = (int)(word >> 28);
+            b->code[i] = iq2[sm_grid_iq2_xxs[p[2 + 8 * (i / 32) + eight % 4]] >> 2 * (i % 8) & 3] *
+                         sign_of(word >> 7 * (eight % 4), i % 8);
+            break;
+        case SM_TYPE_IQ2_XS:
+            word = word_at(p + 2 + 2 * eight, 2);
+            scale = i / 16 % 2 ? p[66 + i / 32] / 16 : p[66 + i / 32] % 16;
+            b->code[i] = iq2[sm_grid_iq2_xs[word % 512] >> 2 * (i % 8) & 3] * sign_of(word / 512, i % 8);
+            break;
+        case SM_TYPE_IQ2_S:
+            word = p[2 + eight] + 256 * (p[66 + eight / 4] >> 2 * (eight % 4) & 3u);
+            scale = i / 16 % 2 ? p[74 + i / 32] / 16 : p[74 + i / 32] % 16;
+            b->code[i] = iq2[sm_grid_iq2_s[word] >> 2 * (i % 8) & 3] *
+                         (p[34 + eight] >> i % 8 & 1 ? -1 : 1);
+            break;
+        case SM_TYPE_IQ3_XXS:
+            word = word_at(p + 66 + 4 * (i / 32), 4);
+            scale = (int)(word >> 28);
+            b->code[i] = iq3_xxs[sm_grid_iq3_xxs[p[2 + four]] >> 3 * (i % 4) & 7] *
+                         sign_of(word >> 7 * (eight % 4), i % 8);
+            break;
+        case SM_TYPE_IQ3_S:
+            word = p[2 + four] + 256 * (p[66 + four / 8] >> four % 8 & 1u);
+            scale = i / 32 % 2 ? p[106 + i / 64] / 16 : p[106 + i / 64] % 16;
+            b->code[i] = (1 + 2 * (sm_grid_iq3_s[word] >> 3 * (i % 4) & 7)) *
+                         (p[74 + eight] >> i % 8 & 1 ? -1 : 1);
+            break;
+        case SM_TYPE_IQ1_S:
+            word = word_at(p + 34 + 2 * (i / 32), 2);
+            scale = word >> 12 & 7;
+            less = word >> 15;
+            word = p[2 + eight] + 256 * (word >> 3 * (eight % 4) & 7);
+            b->code[i] = 8 * (sm_grid_iq1[word] >> 2 * (i % 8) & 3) - 8 + (less ? -1 : 1);
+            break;
+        default: /* IQ1_M */
+            scale = word_at(p + 48 + 2 * (i / 64), 2) >> 3 * (i / 16 % 4) & 7;
+            word = p[32 + i / 16] >> 4 * (eight % 2);
+            less = word >> 3 & 1;
+            word = p[eight] + 256 * (word & 7);
+            b->code[i] = 8 * (sm_grid_iq1[word] >> 2 * (i % 8) & 3) - 8 + (less ? -1 : 1);
+        }
+        b->scale[i / 16] = 2 * scale + 1;
+    }
+}
+
 static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
-    *b = (struct block){.d = sm_f16_at(p)};
+    *b = (struct block){.d = sm_f16_at(p), .code = {1}};
     for (int i = 0; i < 16; i++) b->scale[i] = 1;
     switch (t) {
     case SM_TYPE_Q4_0:
@@ -465,6 +538,43 @@ static void read_block(enum sm_type t, const uint8_t *p, struct block *b) {
         for (int i = 0; i < 256; i++)
             b->code[i] = (p[i / 128 * 32 + i % 32] >> 2 * (i / 32 % 4) & 3) - 1;
         break;
+    case SM_TYPE_IQ4_NL:
+        b->group = 32;
+        for (int i = 0; i < 32; i++) b->code[i] = iq4[i < 16 ? p[2 + i] % 16 : p[2 + i - 16] / 16];
+        break;
+    case SM_TYPE_MXFP4:
+        b->group = 32;
+        b->d = ldexpf(1.0f, p[0] - 128);
+        for (int i = 0; i < 32; i++) b->code[i] = fp4[i < 16 ? p[1 + i] % 16 : p[1 + i - 16] / 16];
+        break;
+    case SM_TYPE_IQ4_XS:
+        b->group = 32;
+        for (int i = 0; i < 256; i++) {
+            int s = i / 32, byte = p[8 + 16 * s + i % 16];
+            b->code[i] = iq4[i % 32 < 16 ? byte % 16 : byte / 16];
+            b->scale[i / 16] = (p[4 + s / 2] >> 4 * (s % 2) & 15) +
+                               16 * (int)(word_at(p + 2, 2) >> 2 * s & 3) - 32;
+        }
+        break;
+    case SM_TYPE_NVFP4: /* floats */
+        b->d = 0x1p-11f;
+        for (int i = 0; i < 64; i++) {
+            int byte = p[4 + i / 16 * 8 + i % 8], e4m3 = p[i / 16] % 128;
+            b->code[i] = fp4[i % 16 < 8 ? byte % 16 : byte / 16];
+            b->scale[i / 16] = e4m3 < 8 ? 2 * e4m3 : (8 + e4m3 % 8) << e4m3 / 8;
+            if (p[i / 16] == 127) b->scale[i / 16] = 0;
+        }
+        break;
+    case SM_TYPE_IQ1_M:
+        b->d = sm_f16_to_f32((uint16_t)(p[49] / 16 + p[51] / 16 * 16 + p[53] / 16 * 256 + p[55] / 16 * 4096));
+        read_grid_block(t, p, b);
+        break;
+    case SM_TYPE_IQ1_S:
+    case SM_TYPE_IQ2_XXS:
+    case SM_TYPE_IQ2_XS:
+    case SM_TYPE_IQ2_S:
+    case SM_TYPE_IQ3_XXS:
+    case SM_TYPE_IQ3_S: read_grid_block(t, p, b); break;
     case SM_TYPE_F32: memcpy(&b->d, p, 4); break;
     case SM_TYPE_BF16: b->d = sm_bf16_to_f32(sm_u16_at(p)); break;
     default: break; /* F16 */
@@ -483,7 +593,10 @@ static void ref_row(enum sm_type t, const uint8_t *row, const struct sm_acts *a,
             size_t at = ((first + i) * a->k_pad + c) / size; /* the activations' block */
             float acc = out[i];
             if (b.group == 0) {
-                out[i] = sm_fma(b.d, a->f[(first + i) * a->stride + c], acc);
+                const float *x = a->f + (first + i) * a->stride + c;
+                for (size_t j = 0; j < size; j++)
+                    acc = sm_fma(b.d * (float)(b.scale[j / 16] * b.code[j]), x[j], acc);
+                out[i] = acc;
                 continue;
             }
             const int8_t *q = a->q + (first + i) * a->stride + c;
@@ -524,7 +637,10 @@ static void random_blocks(enum sm_type t, uint8_t *p, size_t n_blocks) {
         [SM_TYPE_Q5_1] = {0, 2},    [SM_TYPE_Q8_0] = {0, -1}, [SM_TYPE_Q2_K] = {80, 82},
         [SM_TYPE_Q3_K] = {108, -1}, [SM_TYPE_Q4_K] = {0, 2},  [SM_TYPE_Q5_K] = {0, 2},
         [SM_TYPE_Q6_K] = {208, -1}, [SM_TYPE_TQ1_0] = {52, -1}, [SM_TYPE_TQ2_0] = {64, -1},
-        [SM_TYPE_F16] = {0, -1},
+        [SM_TYPE_F16] = {0, -1},    [SM_TYPE_IQ4_NL] = {0, -1}, [SM_TYPE_IQ4_XS] = {0, -1},
+        [SM_TYPE_IQ3_S] = {0, -1},  [SM_TYPE_IQ3_XXS] = {0, -1}, [SM_TYPE_IQ2_S] = {0, -1},
+        [SM_TYPE_IQ2_XS] = {0, -1}, [SM_TYPE_IQ2_XXS] = {0, -1}, [SM_TYPE_IQ1_S] = {0, -1},
+        [SM_TYPE_IQ1_M] = {-1, -1}, [SM_TYPE_MXFP4] = {-1, -1},  [SM_TYPE_NVFP4] = {-1, -1},
     };
     size_t bytes = sm_quants[t].block_bytes;
     size_t flat = below(8); /* 0, 1: all codes at one end, where sums are largest */
@@ -536,6 +652,10 @@ static void random_blocks(enum sm_type t, uint8_t *p, size_t n_blocks) {
             memcpy(p, t == SM_TYPE_F32 ? (uint8_t *)&u : (uint8_t *)&u + 2, bytes);
             continue;
         }
+        if (t == SM_TYPE_MXFP4) p[0] = (uint8_t)(below(16) ? 116 + below(12) : below(253));
+        for (int i = 0; i < 4 && t == SM_TYPE_NVFP4; i++) p[i] = (uint8_t)below(255);
+        for (uint16_t i = 0, h = random_scale(); i < 4 && t == SM_TYPE_IQ1_M; i++)
+            p[49 + 2 * i] = (uint8_t)((p[49 + 2 * i] & 15) | (h >> 4 * i & 15) << 4);
         for (int i = 0; i < 2; i++) {
             uint16_t h = t == SM_TYPE_F16 ? sm_f32_to_f16(fill_one(FILL_USUAL)) : random_scale();
             if (at[t][i] >= 0) memcpy(p + at[t][i], &h, 2);

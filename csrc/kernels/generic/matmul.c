@@ -97,7 +97,11 @@ INLINE void integer_panels(const struct sm_matmul *m, struct sm_layout f) {
 #undef SM_CODES
 
 void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
-#define SM_QUANT(NAME, id, name, n, bytes, act) k->matmul[SM_TYPE_##NAME] = matmul_##name;
-#include "../../quants/quants.def"
-#undef SM_QUANT
+    k->matmul[SM_TYPE_F32] = matmul_f32;
+    k->matmul[SM_TYPE_F16] = matmul_f16;
+    k->matmul[SM_TYPE_BF16] = k->matmul[SM_TYPE_NVFP4] = matmul_bf16;
+#define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = matmul_##name;
+#define SM_SAME(NAME, name, AS, as) k->matmul[SM_TYPE_##NAME] = matmul_##as;
+#include "../../quants/codes.def"
+#undef SM_CODES
 }

@@ -52,6 +52,7 @@ INLINE void unpack_slab(struct sm_layout f, uint8_t *codes, const uint8_t *slab)
                           : _mm512_slli_epi16(y, (unsigned)-shift);
             x = _mm512_ternarylogic_epi32(x, y, high_mask, 0xf8); /* x | (y & mask) */
         }
+        x = sm_look_up(f, x);
         if (f.bias != 0) x = _mm512_sub_epi8(x, bias);
         _mm512_storeu_si512(codes + 64 * g, x);
     }
@@ -122,16 +123,13 @@ INLINE __m512 sum_of(const struct tile *a, size_t i, size_t row) {
     const int32_t *sums = a->sums + (i % RING * TOKENS + row) * ROWS;
     return _mm512_cvtepi32_ps(_mm512_load_si512(sums));
 }
-INLINE __m512 load_f16(const uint8_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
 
 /* acc += sums number i, of n_t tokens whose rows begin at `first`, scaled as block b. */
 INLINE void add_block(struct sm_layout f, int n_t, const struct tile *a, size_t i, size_t first, size_t b,
                       __m512 acc[TOKENS]) {
     const uint8_t *block = a->panel + b * sm_layout_bytes(f);
-    __m512 dw = load_f16(block), mw = _mm512_setzero_ps();
-    if (f.mins) mw = load_f16(block + 2 * ROWS);
+    __m512 dw = sm_load_d(f, block), mw = _mm512_setzero_ps();
+    if (f.mins) mw = sm_load_f16(block + 2 * ROWS);
 #pragma GCC unroll 16
     for (int t = 0; t < n_t; t++) {
         size_t at = (size_t)t * a->row_blocks + b;
@@ -368,7 +366,7 @@ INLINE void run_scaled_tile(struct sm_layout f, const struct scaled_tile *a) {
     for (size_t i = 0; i < SM_MIN(n, RING - 1); i++) start_scaled(f, a, i);
     for (size_t b = 0; b < a->n_blocks; b++) {
         const uint8_t *block = a->panel + b * sm_layout_bytes(f);
-        const __m512 dw = load_f16(block);
+        const __m512 dw = sm_load_d(f, block);
         __m512 scale[TOKENS]; /* in memory: the sums fill the registers */
         for (int t = 0; t < TOKENS; t++)
             scale[t] = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
@@ -385,7 +383,7 @@ INLINE void run_scaled_tile(struct sm_layout f, const struct scaled_tile *a) {
             }
         }
         if (!f.mins) continue;
-        const __m512 dmin = load_f16(block + 2 * ROWS);
+        const __m512 dmin = sm_load_f16(block + 2 * ROWS);
 #pragma GCC unroll 16
         for (int t = 0; t < TOKENS; t++) {
             const int32_t *pairs = a->pairs + (size_t)t * (SCALED_COLUMNS / 32) + b * n_pairs;
@@ -463,6 +461,7 @@ INLINE void integers(struct sm_layout f, const struct sm_matmul *m, sm_matmul_fn
 
 void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
 #define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = matmul_##name;
+#define SM_SAME(NAME, name, AS, as) k->matmul[SM_TYPE_##NAME] = matmul_##as;
 #include "../../quants/codes.def"
 #undef SM_CODES
 }

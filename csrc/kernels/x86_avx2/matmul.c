@@ -20,13 +20,13 @@
 
 /* maddubs steps that fit 16 bits. */
 INLINE int steps_of(struct sm_layout f) {
-    int bits = f.low + f.high;
+    int bits = sm_layout_bits(f);
     return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 }
 
 /* One group of 4 columns: pairs of products in int16. */
 INLINE __m256i pairs_of(struct sm_layout f, __m256i codes, __m256i q) {
-    if (f.low < 8) return _mm256_maddubs_epi16(codes, q);
+    if (sm_layout_bits(f) < 8) return _mm256_maddubs_epi16(codes, q);
     __m256i w = _mm256_xor_si256(codes, _mm256_set1_epi8((char)0x80));
     return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
 }
@@ -79,12 +79,12 @@ INLINE void plain_tile(struct sm_layout f, int n_t, const struct tile *a, __m256
         __m256i isum[TILE_TOKENS];
         for (int t = 0; t < n_t; t++) {
             isum[t] = _mm256_setzero_si256();
-            if (f.bias != 0 && f.low < 8)
+            if (f.bias != 0 && sm_layout_bits(f) < 8)
                 isum[t] = _mm256_set1_epi32(-f.bias * a->sum[t * a->row_sums + b]);
         }
         add_groups(f, n_t, 8, a->codes + b * a->slab_step, a->q + SM_SLAB * b, a->stride,
                    _mm256_set1_epi16(1), isum);
-        __m256 dw = load_f16(block);
+        __m256 dw = load_d(f, block);
         for (int t = 0; t < n_t; t++) {
             size_t at = t * a->row_blocks + b;
             __m256 scale = _mm256_mul_ps(dw, _mm256_set1_ps(a->d[at]));
@@ -101,7 +101,7 @@ INLINE void scaled_tile(struct sm_layout f, int n_t, const struct tile *a, __m25
     for (size_t b = 0; b < a->n_blocks; b++) {
         const uint8_t *block = a->panel + b * sm_layout_bytes(f) - 2 * HALF * a->half;
         const uint8_t *codes = a->codes + 64 * b * SM_GROUP_BYTES;
-        __m256 dw = load_f16(block + 2 * HALF * a->half);
+        __m256 dw = load_d(f, block + 2 * HALF * a->half);
 #pragma GCC unroll 1
         for (int first = 0; first < n_sub; first += group_subs) {
             __m256i isum[TILE_TOKENS];
@@ -111,7 +111,7 @@ INLINE void scaled_tile(struct sm_layout f, int n_t, const struct tile *a, __m25
                 add_groups(f, n_t, f.sub / 4, codes + s * (f.sub / 4) * SM_GROUP_BYTES,
                            a->q + 256 * b + (size_t)(s * f.sub), a->stride, pair_up(scale, scale),
                            isum);
-                if (f.bias == 0 || s % 2 == 0) continue;
+                if (f.bias == 0 || sm_layout_bits(f) == 8 || s % 2 == 0) continue;
                 /* biased formats have sub == 16: take bias * scale * sum off for two at once */
                 __m256i two = pair_up(load_scales(f, block, a->half, s - 1), scale);
                 for (int t = 0; t < n_t; t++) {
@@ -216,9 +216,9 @@ INLINE __m256 plain_block(struct sm_layout f, const struct sm_acts *a, size_t at
     __m256i w[8];
     load_slab(f, block + sm_layout_codes(f) + 32 * side, w);
     __m256i isum = sum_groups(f, w, q, 0, 8, _mm256_set1_epi16(1));
-    if (f.low < 8 && f.bias != 0)
+    if (sm_layout_bits(f) < 8 && f.bias != 0)
         isum = _mm256_sub_epi32(isum, _mm256_set1_epi32(f.bias * a->sum[at]));
-    __m256 scale = _mm256_mul_ps(load_f16(block + 2 * HALF * side), _mm256_set1_ps(a->d[at]));
+    __m256 scale = _mm256_mul_ps(load_d(f, block + 2 * HALF * side), _mm256_set1_ps(a->d[at]));
     acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), scale, acc);
     if (!f.mins) return acc;
     return _mm256_fmadd_ps(load_f16(block + 2 * ROWS + 2 * HALF * side), _mm256_set1_ps(a->s[at]), acc);
@@ -230,7 +230,7 @@ INLINE __m256 scaled_block(struct sm_layout f, const struct sm_acts *a, size_t a
     const int slab_subs = SM_SLAB / f.sub, n_slabs = f.block / SM_SLAB;
     const int32_t *sum = a->sum + 16 * at;
     const __m256 d = _mm256_set1_ps(a->d[at]);
-    const __m256 scale = _mm256_mul_ps(load_f16(block + 2 * HALF * side), d);
+    const __m256 scale = _mm256_mul_ps(load_d(f, block + 2 * HALF * side), d);
     __m256i isum = _mm256_setzero_si256();
 #pragma GCC unroll 1
     for (int i = 0; i < n_slabs; i++) {
@@ -241,7 +241,7 @@ INLINE __m256 scaled_block(struct sm_layout f, const struct sm_acts *a, size_t a
             __m256i factor = load_scales(f, block, side, i * slab_subs + s);
             isum = _mm256_add_epi32(isum, sum_groups(f, w, q + SM_SLAB * i, s * (f.sub / 4), f.sub / 4,
                                                      pair_up(factor, factor)));
-            if (f.bias != 0 && s == 1) { /* biased formats have sub == 16 */
+            if (f.bias != 0 && sm_layout_bits(f) < 8 && s == 1) { /* biased formats have sub == 16 */
                 __m256i sums = sum_pair(sum, 2 * i);
                 __m256i off = _mm256_madd_epi16(pair_up(before, factor), sums);
                 isum = _mm256_sub_epi32(isum, _mm256_slli_epi32(off, __builtin_ctz(f.bias)));
@@ -358,8 +358,9 @@ static void matmul_bf16(const struct sm_matmul *m) { floats(load_bf16, 2, m); }
 void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
     k->matmul[SM_TYPE_F32] = matmul_f32;
     k->matmul[SM_TYPE_F16] = matmul_f16;
-    k->matmul[SM_TYPE_BF16] = matmul_bf16;
+    k->matmul[SM_TYPE_BF16] = k->matmul[SM_TYPE_NVFP4] = matmul_bf16;
 #define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = matmul_##name;
+#define SM_SAME(NAME, name, AS, as) k->matmul[SM_TYPE_##NAME] = matmul_##as;
 #include "../../quants/codes.def"
 #undef SM_CODES
 }

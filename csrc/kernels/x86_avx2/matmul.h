@@ -13,8 +13,8 @@
 #define COLUMNS 2048     /* unpacked at a time: 32 KB */
 #define PREFETCH_BYTES 2048 /* ahead of a stream of packed panels */
 
-/* Bytes 0 .. 2^bits - 1 of group g, from the vectors of its planes. */
-INLINE __m256i group_of(struct sm_layout f, __m256i low, __m256i high, int g) {
+/* Stored codes of group g, from the vectors of its planes. */
+INLINE __m256i stored_of(struct sm_layout f, __m256i low, __m256i high, int g) {
     const __m256i low_mask = _mm256_set1_epi8((char)((1 << f.low) - 1));
     const __m256i high_mask = _mm256_set1_epi8((char)(((1 << f.high) - 1) << f.low));
     if (f.low < 8) low = _mm256_and_si256(_mm256_srli_epi16(low, g / f.low * f.low), low_mask);
@@ -22,6 +22,14 @@ INLINE __m256i group_of(struct sm_layout f, __m256i low, __m256i high, int g) {
     int shift = g / f.high * f.high - f.low; /* bits down to the code's top */
     high = shift > 0 ? _mm256_srli_epi16(high, shift) : _mm256_slli_epi16(high, -shift);
     return _mm256_or_si256(low, _mm256_and_si256(high, high_mask));
+}
+
+/* Its codes: bytes 0 .. 2^bits - 1. */
+INLINE __m256i group_of(struct sm_layout f, __m256i low, __m256i high, int g) {
+    __m256i stored = stored_of(f, low, high, g);
+    if (f.table == SM_TABLE_NONE) return stored;
+    __m128i table = _mm_loadu_si128((const __m128i *)sm_table(f.table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), stored);
 }
 
 INLINE __m256i load_plane(const uint8_t *slab, int i) {
@@ -76,6 +84,17 @@ INLINE __m256i broadcast4(const int8_t *p) {
 }
 INLINE __m256 load_f16(const uint8_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+/* The d of eight rows. */
+INLINE __m256 load_d(struct sm_layout f, const uint8_t *p) {
+    if (f.d == SM_D_BF16) {
+        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    __m256 d = load_f16(p);
+    if (f.d == SM_D_FOURTH) return _mm256_mul_ps(d, _mm256_set1_ps(0.25f));
+    return f.d == SM_D_EIGHTH ? _mm256_mul_ps(d, _mm256_set1_ps(0.125f)) : d;
 }
 
 /* Scale and min of sub-block s for this half's rows of a block, as int32. */

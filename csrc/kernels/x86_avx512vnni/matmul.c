@@ -46,7 +46,7 @@ INLINE void load_slab(struct sm_layout f, const uint8_t *slab, __m512i group[8])
                           : _mm512_slli_epi16(y, (unsigned)-shift);
             x = _mm512_ternarylogic_epi32(x, y, high_mask, 0xf8); /* x | (y & mask) */
         }
-        group[g] = x;
+        group[g] = sm_look_up(f, x);
     }
 }
 
@@ -122,9 +122,6 @@ INLINE __m512i broadcast4(const int8_t *p) {
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
 }
-INLINE __m512 load_f16(const uint8_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
 INLINE __m512i seed_of(struct sm_layout f, const struct tile *a, int t, size_t i) {
     return f.bias == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(a->seed[t][i]);
 }
@@ -144,8 +141,8 @@ INLINE void store_acc(int n_p, int n_t, const struct tile *a, __m512 acc[4][TILE
 INLINE void add_block(struct sm_layout f, int n_t, const struct tile *a, size_t b, int p,
                       const __m512i isum[TILE_TOKENS], __m512 acc[TILE_TOKENS]) {
     const uint8_t *block = a->panel[p] + b * sm_layout_bytes(f);
-    __m512 dw = load_f16(block), mw = _mm512_setzero_ps();
-    if (f.mins) mw = load_f16(block + 2 * ROWS);
+    __m512 dw = sm_load_d(f, block), mw = _mm512_setzero_ps();
+    if (f.mins) mw = sm_load_f16(block + 2 * ROWS);
     for (int t = 0; t < n_t; t++) {
         size_t at = (size_t)t * a->row_blocks + b;
         __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[at]));
@@ -230,7 +227,7 @@ INLINE void subtract_mins(struct sm_layout f, int n_t, const struct tile *a, siz
             msum[t] = _mm512_dpwssd_epi32(
                 msum[t], pair, _mm512_set1_epi32(a->pairs[t][b * (size_t)n_pairs + (size_t)i]));
     }
-    __m512 dmin = load_f16(block + 2 * ROWS);
+    __m512 dmin = sm_load_f16(block + 2 * ROWS);
     for (int t = 0; t < n_t; t++) {
         __m512 scale = _mm512_mul_ps(dmin, _mm512_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
         acc[t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(msum[t]), scale, acc[t]);
@@ -277,7 +274,7 @@ INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile 
                 }
             }
             for (int p = 0; p < n_p; p++) {
-                __m512 dw = load_f16(a->panel[p] + b * step);
+                __m512 dw = sm_load_d(f, a->panel[p] + b * step);
                 for (int t = 0; t < n_t; t++) {
                     __m512 scale = _mm512_mul_ps(dw, _mm512_set1_ps(a->d[t * a->row_blocks + b]));
                     acc[p][t] = _mm512_fmadd_ps(scaled[p][t], scale, acc[p][t]);
@@ -299,7 +296,7 @@ INLINE void scaled_packed_tile(struct sm_layout f, int n_p, int n_t, const struc
     for (size_t b = 0; b < a->n_blocks; b++) {
         __m512 scale[4][TILE_TOKENS], scaled[4][TILE_TOKENS];
         for (int p = 0; p < n_p; p++) {
-            __m512 dw = load_f16(a->panel[p] + b * step);
+            __m512 dw = sm_load_d(f, a->panel[p] + b * step);
             for (int t = 0; t < n_t; t++) {
                 scale[p][t] =
                     _mm512_mul_ps(dw, _mm512_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
@@ -528,14 +525,15 @@ INLINE void floats(load_fn *load, size_t size, const struct sm_matmul *m) {
 }
 
 static void matmul_f32(const struct sm_matmul *m) { floats(load_f32, 4, m); }
-static void matmul_f16(const struct sm_matmul *m) { floats(load_f16, 2, m); }
+static void matmul_f16(const struct sm_matmul *m) { floats(sm_load_f16, 2, m); }
 static void matmul_bf16(const struct sm_matmul *m) { floats(load_bf16, 2, m); }
 
 void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
     k->matmul[SM_TYPE_F32] = matmul_f32;
     k->matmul[SM_TYPE_F16] = matmul_f16;
-    k->matmul[SM_TYPE_BF16] = matmul_bf16;
+    k->matmul[SM_TYPE_BF16] = k->matmul[SM_TYPE_NVFP4] = matmul_bf16;
 #define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = sm_matmul_##name##__avx512vnni;
+#define SM_SAME(NAME, name, AS, as) k->matmul[SM_TYPE_##NAME] = sm_matmul_##as##__avx512vnni;
 #include "../../quants/codes.def"
 #undef SM_CODES
 }

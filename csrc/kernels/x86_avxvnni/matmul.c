@@ -157,7 +157,7 @@ INLINE void plain_tile(struct sm_layout f, bool packed, int n_t, const struct ti
         add_groups(f, packed, n_t, 0, 8, slab, a->q + SM_SLAB * b, a->stride, isum);
         for (int h = 0; h < 2; h++) {
             const uint8_t *d = block + 2 * HALF * h;
-            __m256 dw = load_f16(d), mw = load_m(f, d);
+            __m256 dw = load_d(f, d), mw = load_m(f, d);
             for (int t = 0; t < n_t; t++) {
                 float *at = place(a->acc, h, t);
                 __m256 acc = add_block(f, a, t, b, dw, mw, isum[h][t], _mm256_load_ps(at));
@@ -206,7 +206,7 @@ INLINE void scaled_tile(struct sm_layout f, bool packed, int n_t, const struct t
                     }
                 }
             for (int h = 0; h < 2; h++) {
-                __m256 dw = load_f16(block + 2 * HALF * h);
+                __m256 dw = load_d(f, block + 2 * HALF * h);
                 for (int t = 0; t < n_t; t++) {
                     float *acc = place(a->acc, h, t);
                     __m256 scaled = _mm256_load_ps(place(a->scaled, h, t));
@@ -267,7 +267,7 @@ INLINE void plain_wide(struct sm_layout f, int n_t, const struct tile *a) {
             add_packed(f, n_t, 0, 8, block + sm_layout_codes(f) + h % 2 * 32, a->q + SM_SLAB * b,
                        a->stride, isum);
             const uint8_t *d = block + h % 2 * 2 * HALF;
-            __m256 dw = load_f16(d), mw = load_m(f, d);
+            __m256 dw = load_d(f, d), mw = load_m(f, d);
             for (int t = 0; t < n_t; t++)
                 acc[h][t] = add_block(f, a, t, b, dw, mw, isum[t], acc[h][t]);
         }
@@ -282,7 +282,7 @@ INLINE void scaled_wide(struct sm_layout f, int n_t, const struct tile *a) {
     for (size_t b = 0; b < a->n_blocks; b++) {
         __m256 scale[2 * WIDE][2], scaled[2 * WIDE][2];
         for (int h = 0; h < 2 * WIDE; h++) {
-            __m256 dw = load_f16(a->panel[h / 2] + b * step + h % 2 * 2 * HALF);
+            __m256 dw = load_d(f, a->panel[h / 2] + b * step + h % 2 * 2 * HALF);
             for (int t = 0; t < n_t; t++) {
                 scale[h][t] = _mm256_mul_ps(dw, d_of(a, t, b));
                 scaled[h][t] = _mm256_setzero_ps();
@@ -413,7 +413,7 @@ INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
             for (size_t b = 0; b < all; b += most)
                 run_panel(f, true, m, p, b, SM_MIN(all - b, most));
     } else { /* columns outside, panels inside: so much of the activations stays in L2 */
-        const bool packed = f.scales == SM_SCALES_NONE && f.high == 0;
+        const bool packed = f.scales == SM_SCALES_NONE && f.high == 0 && f.table == SM_TABLE_NONE;
         for (size_t b = 0; b < all; b += most)
             for (size_t p = 0; p < n; p++) run_panel(f, packed, m, p, b, SM_MIN(all - b, most));
     }
@@ -428,6 +428,7 @@ INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
 
 void SM_NAME(sm_init_matmul)(struct sm_kernels *k) {
 #define SM_CODES(NAME, name, ...) k->matmul[SM_TYPE_##NAME] = matmul_##name;
+#define SM_SAME(NAME, name, AS, as) k->matmul[SM_TYPE_##NAME] = matmul_##as;
 #include "../../quants/codes.def"
 #undef SM_CODES
 }
