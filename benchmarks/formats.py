@@ -76,7 +76,9 @@ def main() -> None:
             found = measure_format(str(path), work, probes, options)
             found["packed_bits"] = packed_bits(path, shape, type_name, options)
             results["formats"][type_name] = found
-            found_faults = judge(found["speed"], options.limit or found["tiers"]["smallm"], work, options)
+            found_faults = judge(
+                found["speed"], options.limit or found["tiers"]["smallm"], work, options
+            )
             faults += [f"{type_name}: {fault}" for fault in found_faults]
             new = format_rows(type_name, work, found)
             print(table(head, new), file=sys.stderr, flush=True)  # all of it takes a while
