@@ -13,7 +13,6 @@ the machine was not quiet.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping
@@ -75,7 +74,11 @@ def main() -> None:
         default="f16",
         help="type of smallm's KV cache, whose bytes the limit counts; the peers' is float16",
     )
-    add_limit(parser)
+    parser.add_argument(
+        "--limit",
+        choices=limits.TIERS,
+        help="whose arithmetic peak is the limit (default: that of the tier that smallm runs on)",
+    )
     options = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "threads": options.threads, "models": []}
     print(f"{results['machine']['cpu']}, {options.threads} threads; tokens per second")
@@ -114,14 +117,6 @@ def main() -> None:
     results["discard"] = faults
     write_json(options.json, results)
     sys.exit(1 if faults else 0)
-
-
-def add_limit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--limit",
-        choices=limits.TIERS,
-        help="whose arithmetic peak is the limit (default: that of the tier that smallm runs on)",
-    )
 
 
 def load(

@@ -22,7 +22,10 @@ static const struct sm_arch archs[] = {
     {.name = "olmo", .models = "OLMo", .rope = SM_ROPE_PAIRS, .norm = SM_NORM_LAYER_BARE},
     {.name = "olmo2", .models = "OLMo 2 and 3", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
      .qk_norm = SM_QK_NORM_ROW, .window_period = 4, .plain_windows = true},
-    {.name = "granite", .models = "Granite 3 (dense)", .rope = SM_ROPE_PAIRS, .divided_logits = true},
+    {.name = "granite", .models = "Granite 3 and 4 (dense)", .rope = SM_ROPE_PAIRS, .rope_by_key = true,
+     .divided_logits = true},
+    {.name = "granitehybrid", .models = "Granite 4 H", .rope = SM_ROPE_PAIRS, .rope_by_key = true,
+     .router = SM_ROUTER_CHOSEN, .may_be_dense = true, .divided_logits = true},
     {.name = "minicpm", .models = "MiniCPM, MiniCPM4", .rope = SM_ROPE_PAIRS, .divided_logits = true,
      .named_scales = true},
     {.name = "smollm3", .models = "SmolLM3", .rope = SM_ROPE_PAIRS, .unturned_period = 4},
@@ -35,6 +38,15 @@ static const struct sm_arch archs[] = {
     {.name = "exaone", .models = "EXAONE 3 and 3.5", .rope = SM_ROPE_HALVES},
     {.name = "exaone4", .models = "EXAONE 4", .rope = SM_ROPE_HALVES, .norms = SM_NORMS_AFTER,
      .qk_norm = SM_QK_NORM_HEAD, .window_period = 4, .turns_windows = true},
+    {.name = "hunyuan-dense", .models = "Hunyuan 0.5B to 7B", .rope = SM_ROPE_HALVES,
+     .qk_norm = SM_QK_NORM_HEAD, .norms_turned = true},
+    {.name = "ernie4_5", .models = "ERNIE 4.5 0.3B", .rope = SM_ROPE_PAIRS},
+    {.name = "chatglm", .models = "GLM-4 9B, GLM-Edge", .rope = SM_ROPE_PAIRS, .gate_in_up = true},
+    {.name = "glm4", .models = "GLM-4-0414, GLM-Z1", .rope = SM_ROPE_PAIRS, .norms = SM_NORMS_AROUND,
+     .gate_in_up = true},
+    {.name = "arcee", .models = "AFM 4.5B", .rope = SM_ROPE_PAIRS, .ffn = SM_FFN_RELU2},
+    {.name = "nemotron", .models = "Nemotron-Mini, Minitron", .rope = SM_ROPE_HALVES,
+     .norm = SM_NORM_LAYER, .ffn = SM_FFN_RELU2},
     {.name = "phi2", .models = "phi-1, phi-1.5, phi-2", .rope = SM_ROPE_HALVES,
      .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU, .bias = SM_BIAS_EVERYWHERE,
      .parallel = SM_PARALLEL_SHARED},
@@ -42,6 +54,10 @@ static const struct sm_arch archs[] = {
      .gate_in_up = true},
     {.name = "gpt2", .models = "GPT-2, DistilGPT2", .rope = SM_ROPE_NONE, .norm = SM_NORM_LAYER,
      .ffn = SM_FFN_GELU, .bias = SM_BIAS_LAYERS},
+    {.name = "starcoder", .models = "StarCoder, SantaCoder", .rope = SM_ROPE_NONE,
+     .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU, .bias = SM_BIAS_LAYERS},
+    {.name = "bloom", .models = "BLOOM, BLOOMZ", .rope = SM_ROPE_NONE, .norm = SM_NORM_LAYER,
+     .embed_norm = true, .ffn = SM_FFN_GELU, .bias = SM_BIAS_LAYERS, .max_alibi = 8},
     {.name = "gptneox", .models = "Pythia, GPT-NeoX, Dolly 2", .rope = SM_ROPE_HALVES,
      .norm = SM_NORM_LAYER, .ffn = SM_FFN_GELU_ERF, .bias = SM_BIAS_LAYERS,
      .parallel = SM_PARALLEL_KEY},
@@ -62,7 +78,7 @@ static const struct sm_arch archs[] = {
     {.name = "olmoe", .models = "OLMoE", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_ROW,
      .router = SM_ROUTER_ALL},
     {.name = "granitemoe", .models = "Granite 3 with experts", .rope = SM_ROPE_PAIRS,
-     .divided_logits = true, .router = SM_ROUTER_CHOSEN},
+     .rope_by_key = true, .divided_logits = true, .router = SM_ROUTER_CHOSEN},
     {.name = "gpt-oss", .models = "gpt-oss", .rope = SM_ROPE_HALVES, .yarn_exact = true,
      .window_period = 2, .sinks = true, .ffn_norm = "post_attention_norm.weight",
      .ffn = SM_FFN_SWIGLU_CLAMPED, .bias = SM_BIAS_LAYERS, .router = SM_ROUTER_CHOSEN},
@@ -89,7 +105,7 @@ int sm_arch_find(const struct sm_gguf *g, const struct sm_arch **out, smallm_err
     if (!found)
         return sm_fail(err, SMALLM_E_CORRUPT, "%s: the key general.architecture is missing",
                        sm_gguf_path(g));
-    char known[400] = ""; /* a test finds the last row's name in it */
+    char known[600] = ""; /* a test finds the last row's name in it */
     for (size_t i = 0; i < SM_COUNT(archs); i++) {
         const char *row = archs[i].name;
         if (sm_str_is(name, row)) {
@@ -210,9 +226,14 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
 
 /* expert_*: how many, how large, how they are chosen. */
 static void read_experts(struct reader *r, struct sm_hparams *h) {
-    bool has_router = r->arch->router != SM_ROUTER_NONE;
-    h->n_expert = read_int(r, "expert_count", has_router ? NO_DEFAULT : 0, has_router, SM_EXPERTS_MAX);
-    if (h->n_expert == 0) return;
+    bool has_router = r->arch->router != SM_ROUTER_NONE, must = has_router && !r->arch->may_be_dense;
+    h->n_expert = read_int(r, "expert_count", must ? NO_DEFAULT : 0, must, SM_EXPERTS_MAX);
+    if (h->n_expert == 0) {
+        /* What these say is of experts, and some dense files have them. */
+        full_key(r, "expert_used_count");
+        full_key(r, "expert_shared_feed_forward_length");
+        return;
+    }
     if (!has_router)
         refuse(r, full_key(r, "expert_count"), "not 0", "this architecture without experts");
     h->n_used = read_int(r, "expert_used_count", NO_DEFAULT, 1, SM_MIN(h->n_expert, SM_USED_MAX));
@@ -332,6 +353,7 @@ static void read_scales(struct reader *r, struct sm_hparams *h) {
     double logit_scale = read_float(r, "logit_scale", head_scale, 1e-6, 1e6);
     h->logit_scale = (float)(arch->divided_logits ? 1 / logit_scale : logit_scale);
     h->max_alibi = read_limit(r, "attention.max_alibi_bias", 1e3);
+    if (h->max_alibi == 0) h->max_alibi = arch->max_alibi;
 }
 
 /* hidden_activation: what the gate goes through, in files that say; and whether there is one. */
@@ -435,7 +457,10 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->n_ctx_short = read_int(&r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
     bool two = h->rope_base[1] != h->rope_base[0] || h->rope_scale[1] != h->rope_scale[0] ||
                (arch->plain_windows && h->yarn.used);
-    h->n_rope = arch->rope == SM_ROPE_NONE ? 0 : h->window > 0 && two ? 2 : 1;
+    bool turns = arch->rope != SM_ROPE_NONE, found;
+    if (r.status == SMALLM_OK && arch->rope_by_key)
+        r.status = sm_gguf_get_bool(g, full_key(&r, "rope.scaling.finetuned"), &turns, &found, err);
+    h->n_rope = !turns ? 0 : h->window > 0 && two ? 2 : 1;
     if (r.status != SMALLM_OK) return r.status;
 
     const char *path = sm_gguf_path(g);
@@ -454,7 +479,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     read_activation(&r, h);
     read_scales(&r, h);
     read_pooling(&r, h);
-    bool causal = !arch->is_encoder, found;
+    bool causal = !arch->is_encoder;
     if (r.status == SMALLM_OK && arch->parallel == SM_PARALLEL_KEY) {
         h->parallel = true;
         r.status = sm_gguf_get_bool(g, full_key(&r, "use_parallel_residual"), &h->parallel, &found, err);
@@ -495,7 +520,7 @@ struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hp
         return (struct sm_layer_plan){.rope = -1, .mixer = SM_MIXER_ATTENTION};
     bool windowed = h->windowed[layer];
     bool turns = arch->unturned_period == 0 || (layer + 1) % arch->unturned_period != 0;
-    if (arch->rope == SM_ROPE_NONE) turns = false;
+    if (h->n_rope == 0) turns = false;
     if (arch->turns_windows && h->window > 0) turns = windowed;
     int rank = 0;
     for (int i = 0; i < layer; i++) rank += h->recurrent[i] == h->recurrent[layer];

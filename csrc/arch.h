@@ -28,7 +28,7 @@ enum sm_norm_place {
     SM_NORMS_OF_SUM /* x itself is normed once they have added to it, and after the embeddings */
 };
 
-/* Norms of q and k before rope, of the model's kind without a bias. */
+/* Norms of q and k, of the model's kind without a bias. */
 enum sm_qk_norm {
     SM_QK_NORM_NONE,
     SM_QK_NORM_HEAD,  /* each head by itself, all with one weight [head] */
@@ -44,6 +44,7 @@ enum sm_ffn_kind {
     SM_FFN_RELU2GLU, /* relu(W_gate x)^2 * W_up x */
     SM_FFN_GELU,   /* gelu(W_up x), the tanh form */
     SM_FFN_GELU_ERF, /* that, the exact form */
+    SM_FFN_RELU2,  /* relu(W_up x)^2 */
     SM_FFN_RELU    /* relu(W_up x) */
 };
 
@@ -88,14 +89,18 @@ struct sm_arch {
     /* A decoder whose layers attend to what an encoder made of another text, too. */
     bool has_encoder;
     enum sm_rope_style rope;
+    bool rope_by_key;     /* where the key rope.scaling.finetuned is false, there is none */
     enum sm_norm_kind norm;
     enum sm_norm_place norms;
-    bool embed_norm;      /* of embeddings; attention's in the first layer is then there if its tensor is */
+    /* Of embeddings; attention's in the first layer of an encoder is then there if its tensor is. */
+    bool embed_norm;
     enum sm_qk_norm qk_norm;
+    bool norms_turned;    /* norms of q and k come after rope */
     enum sm_ffn_kind ffn; /* where it is SWIGLU or GEGLU_ERF, the key hidden_activation comes first */
     bool relu_ungated;    /* it is a relu in files whose first layer has no gate */
     enum sm_bias_rule bias;
     enum sm_router_kind router;
+    bool may_be_dense;    /* the file says whether there are experts */
     const char *ffn_norm; /* the tensor of the feed-forward's norm; NULL: ffn_norm.weight */
     bool sinks;       /* attention has sinks in every layer */
     bool sub_norms;   /* of what attention and feed-forward gave, before their last matrices */
@@ -118,6 +123,7 @@ struct sm_arch {
     bool divided_logits;    /* by logit_scale, where others are multiplied */
     bool named_scales;      /* the file must name those of embeddings, layers and logits */
     double attn_cap, logit_cap; /* soft caps of files that do not name theirs; 0: none */
+    double max_alibi;   /* of files that do not name theirs; 0: none */
     const char *output_norm; /* the tensor's name where it is not output_norm.weight; else NULL */
     int wide_layers;    /* models of so many layers scale scores by (n_embd / n_head)^(-1/2) */
 };
@@ -154,7 +160,7 @@ struct sm_hparams {
     float norm_eps;
     /* Tables of angles: of all layers, or 0 of those without and 1 of those with a window.
      * Pair i turns by position * rope_scale / factor[i] * base^(-2 i / n_rot). */
-    int n_rope;         /* 1 or 2 */
+    int n_rope;         /* 1 or 2; 0: nothing turns */
     double rope_base[2], rope_scale[2];
     struct sm_yarn yarn;
     double rope_magnitude; /* what rope multiplies lengths by, too */

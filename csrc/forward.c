@@ -105,8 +105,8 @@ static void norm_sum(const struct sm_pass *p, const float *weight, const float *
                 norm_sum_item, &a);
 }
 
-/* h = gated(W_gate s + b_gate, W_up s + b_up), as silu(gate) * up, or a gelu, or the positive part, of
- * W_up s + b_up */
+/* h = gated(W_gate s + b_gate, W_up s + b_up), as silu(gate) * up, or a gelu, or the positive part or
+ * its square, of W_up s + b_up */
 static void expand(const struct sm_pass *p, const struct sm_layer *layer, const struct sm_source *s) {
     size_t n = p->batch->n, n_ff = (size_t)p->model->h.n_ff;
     const struct sm_kernels *k = p->model->kernels;
@@ -121,6 +121,7 @@ static void expand(const struct sm_pass *p, const struct sm_layer *layer, const 
     switch (p->model->h.ffn) {
     case SM_FFN_GELU: up.apply = k->gelu; break;
     case SM_FFN_RELU: up.apply = k->relu; break;
+    case SM_FFN_RELU2: up.apply = k->relu2; break;
     default: up.apply = k->gelu_erf;
     }
     sm_ops_project(p->ops, n, s, &up, 1);

@@ -100,6 +100,7 @@ static inline sm_gated_fn *sm_model_gate(const struct sm_model *m) {
     case SM_FFN_RELU2GLU: return m->kernels->relu2glu;
     case SM_FFN_GELU:
     case SM_FFN_GELU_ERF:
+    case SM_FFN_RELU2:
     case SM_FFN_RELU: break;
     }
     return NULL;

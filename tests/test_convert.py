@@ -80,6 +80,8 @@ def test_a_folder_goes_through_convert_and_run(folder: Path, tmp_path: Path) -> 
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
     done = command("run", "--raw", "-m", out, "-n", "8", "--temp", "0", "On the")
     assert done.returncode == 0 and done.stdout.strip()
+    done = command("run", out, "On the")  # would be a prompt of the default model
+    assert done.returncode == 2 and f"smallm run -m {out}" in done.stderr
 
     done = command("convert", folder, out, "--type", "q4_k_m")
     assert done.returncode == 1 and "q4_k_m" in done.stderr and "q8_0" in done.stderr
@@ -442,6 +444,7 @@ def refusal(folder: Path, type_name: str = "f16") -> str:
         ({"rope_parameters": {"rope_type": "spiral"}}, ["spiral", "llama3"]),
         ({"rope_parameters": {"rope_type": "llama3"}}, ["llama3", "factor"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["linear", "factor"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -826,6 +829,30 @@ def test_sentencepiece_as_tokenizer_json(folder: Path, pieces: Path, prefix: boo
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     (folder.parent / "t.gguf").unlink()
     assert "merges" in refusal(folder)
+
+
+def test_pooling_of_decoders_that_embed(folder: Path, tmp_path: Path) -> None:
+    """As checkpoints of embedding models have it that are decoders otherwise."""
+    plain = {key for key in read(convert(folder, tmp_path / "m.gguf", progress=False))[0]}
+    assert "llama.pooling_type" not in plain
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (folder / "1_Pooling").mkdir()
+    modes = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+    path = convert(folder, tmp_path / "m.gguf", progress=False)
+    assert read(path)[0]["llama.pooling_type"] == 3
+    ids = [5, 9, 40]
+    with smallm.load(path) as model:
+        a, b = model.embed([ids, ids[:2]], normalize=False)
+    golden_mean = tmp_path / "mean.gguf"
+    del modes["pooling_mode_lasttoken"]
+    modes["pooling_mode_mean_tokens"] = True
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+    with smallm.load(convert(folder, golden_mean, progress=False)) as model:
+        first, second, third = (model.embed([ids[:n]], normalize=False)[0] * n for n in (1, 2, 3))
+    assert np.allclose(a, third - second, atol=1e-4) and np.allclose(b, second - first, atol=1e-4)
 
 
 def test_runs_of_a_character_as_gemma_has_them(folder: Path, pieces: Path) -> None:

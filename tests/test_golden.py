@@ -121,7 +121,7 @@ BROKEN = {
         "SM_NORM_LAYER_BARE": "rms norm",
     },
     "norms": "no norm after attention",
-    "embed_norm": "first layer normed",
+    "embed_norm": "first layer normed|embeddings not normed",
     "qk_norm": {
         "SM_QK_NORM_HEAD": "(no )?norm of (q|queries)",
         "SM_QK_NORM_HEADS": "no norm of q",
@@ -134,7 +134,11 @@ BROKEN = {
         "SM_FFN_GEGLU_ERF": "the other gelu",
         "SM_FFN_GELU": "the other gelu",
         "SM_FFN_GELU_ERF": "the other gelu",
+        "SM_FFN_RELU2": "relu in place of its square",
     },
+    "norms_turned": "norms before rope",
+    "rope_by_key": "no rope|rope",
+    "max_alibi": "no ALiBi",
     "bias": "no biases|no attention biases",
     "parallel": {
         "SM_PARALLEL_KEY": "the other residual",
@@ -168,14 +172,15 @@ BROKEN = {
     "biased_distances": "no biases by distance",
     "scaled_head": "the head's scale",
 }
-TENSOR_NAMES = {"ffn_norm", "output_norm"}  # fields that say what a tensor is called
+# Fields that say what a tensor is called, or what files may lack.
+NO_STEPS = {"ffn_norm", "output_norm", "may_be_dense"}
 
 
 @pytest.mark.parametrize("row", architectures.rows(), ids=lambda row: row.name)
 def test_each_step_of_a_row_is_broken_in_one_of_its_goldens(row: architectures.Row) -> None:
     of_row = [golden for golden in map(Golden, NAMES + ENCODERS) if golden.arch == row.name]
     broken = {step for golden in of_row for step in golden.broken}
-    fields = {k: v for k, v in row.fields.items() if k not in TENSOR_NAMES}
+    fields = {k: v for k, v in row.fields.items() if k not in NO_STEPS}
     fields.setdefault("norm", "SM_NORM_RMS")  # what a row has that says nothing
     tensors = {name for golden in of_row for name in golden.spec["tensors"]}
     if any("gate" in name or ".w1." in name for name in tensors):
@@ -491,6 +496,31 @@ def test_scales_that_files_must_name(
     for key in ("embedding_scale", "residual_scale", "logit_scale"):
         message = refusal(golden.change(tmp_path / "m.gguf", keys={key: None}))
         assert f"the key minicpm.{key} is missing" in message
+
+
+def test_a_dense_granite_4_as_llama_cpp_s_converter_writes_it(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """With keys of experts and state spaces that it does not have."""
+    golden = convert_golden("granite-4")
+    others = {
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "expert_shared_feed_forward_length": 96,
+        "attention.head_count_kv": [2, 2],
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 128,
+        "ssm.state_size": 24,
+        "ssm.time_step_rank": 8,
+        "ssm.group_count": 1,
+    }
+    path = golden.change(tmp_path / "m.gguf", keys=others)
+    assert np.array_equal(compute(path, golden.ids), compute(golden.path, golden.ids))
+    path = golden.change(tmp_path / "m.gguf", keys={"rope.scaling.finetuned": None})
+    assert np.array_equal(compute(path, golden.ids), compute(golden.path, golden.ids))
+    path = golden.change(tmp_path / "m.gguf", keys={"rope.scaling.finetuned": False})
+    got, broken = compute(path, golden.ids, kv="f32"), golden.broken["no rope"]
+    assert np.abs(got[-len(broken) :] - broken).max() < EXACT * golden.logits.std()
 
 
 def test_without_alibi_positions_are_learned(

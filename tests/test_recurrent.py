@@ -19,7 +19,7 @@ from tiny import KV, Kind
 
 import smallm
 
-NAMES = ("lfm2", "mamba2")
+NAMES = ("granitehybrid", "lfm2", "mamba2")
 REFUSALS = (smallm.CorruptModelError, smallm.UnsupportedModelError)
 
 

@@ -63,7 +63,7 @@
  * 0.5 x (1 + erf(x / sqrt 2)), whose error is below 2e-7 |x|.  h is 1 - that factor for |x|, which has
  * no step near 0 and no cancellation far from it.
  * geglu(gate, up) = gelu(gate) * up; geglu_erf the same with gelu_erf.
- * relu(x) = x < 0 ? 0 : x, where NaN stays.
+ * relu(x) = x < 0 ? 0 : x, where NaN stays.  relu2: r = relu(x); r * r.
  * softcap(x, cap): u = expf(x * (2 / cap)); cap * ((u - 1) / (u + 1)), which is cap tanh(x / cap).
  * swiglu_clamped: g = min(gate, 7), u = max(-7, min(up, 7)), where NaN stays;
  * out = g / (1 + expf(-(g * 1.702f))) * (u + 1).
@@ -223,7 +223,8 @@ struct sm_kernels {
     void (*kv_store)(int kv_type, void *k_page, void *v_page, size_t slot, const float *k,
                      const float *v, size_t head);
 
-    /* Norms, softcap, sigmoid, relu and all that is a gelu or a glu may work in place.  b may be NULL. */
+    /* Norms, softcap, sigmoid, relu, relu2 and all that is a gelu or a glu may work in place.  b may be
+     * NULL. */
     void (*rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
     void (*layer_norm)(float *out, const float *x, const float *w, const float *b, size_t n, float eps);
     /* x[0 .. 2 n_pairs) in place, neighbours (x[2 i], x[2 i + 1]) turn by (cos[i], sin[i]). */
@@ -238,6 +239,7 @@ struct sm_kernels {
     void (*gelu)(float *out, const float *x, size_t n);
     void (*gelu_erf)(float *out, const float *x, size_t n);
     void (*relu)(float *out, const float *x, size_t n);
+    void (*relu2)(float *out, const float *x, size_t n);
     void (*softcap)(float *out, const float *x, float cap, size_t n);
     void (*sigmoid)(float *out, const float *x, size_t n);
     void (*silu)(float *out, const float *x, size_t n); /* may work in place */

@@ -30,6 +30,7 @@ void SM_NAME(sm_rope_halves)(float *x, const float *cos, const float *sin, size_
 void SM_NAME(sm_gelu)(float *out, const float *x, size_t n);
 void SM_NAME(sm_gelu_erf)(float *out, const float *x, size_t n);
 void SM_NAME(sm_relu)(float *out, const float *x, size_t n);
+void SM_NAME(sm_relu2)(float *out, const float *x, size_t n);
 void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n);
 void SM_NAME(sm_sigmoid)(float *out, const float *x, size_t n);
 void SM_NAME(sm_silu)(float *out, const float *x, size_t n);

@@ -66,12 +66,16 @@ static void rope(const struct sm_attention *a, size_t t, float *x) {
     }
 }
 
-/* Head `head` of q or k, x [head], in place; weight: as sm_qk_norm says, or NULL. */
-static void norm_head(const struct sm_attention *a, const float *weight, size_t head, float *x) {
+/* Norms and turns head `head` of token t's q or k, x [head]; weight: as sm_qk_norm says, or NULL. */
+static void norm_and_turn(const struct sm_attention *a, const float *weight, size_t t, size_t head,
+                          float *x) {
     const struct sm_model *m = a->p->model;
-    if (weight == NULL || m->arch->qk_norm == SM_QK_NORM_ROW) return;
-    size_t row = m->arch->qk_norm == SM_QK_NORM_HEADS ? head : 0;
-    sm_model_norm(m, x, x, weight + row * a->head, NULL, a->head);
+    if (m->arch->norms_turned) rope(a, t, x);
+    if (weight != NULL && m->arch->qk_norm != SM_QK_NORM_ROW) {
+        size_t row = m->arch->qk_norm == SM_QK_NORM_HEADS ? head : 0;
+        sm_model_norm(m, x, x, weight + row * a->head, NULL, a->head);
+    }
+    if (!m->arch->norms_turned) rope(a, t, x);
 }
 
 /* x [head] of q, k or v, each value at most the limit in size, where there is one; NaN stays.
@@ -86,8 +90,7 @@ static void make_queries(const struct sm_attention *a, size_t t, const struct he
     memcpy(out, query_of(a, t, h), h->n * a->head * sizeof(float));
     for (size_t g = 0; g < h->n; g++) {
         limit(a, out + g * a->head);
-        norm_head(a, a->weights->q_norm, first_head(a, h) + g, out + g * a->head);
-        rope(a, t, out + g * a->head);
+        norm_and_turn(a, a->weights->q_norm, t, first_head(a, h) + g, out + g * a->head);
     }
     a->p->model->kernels->scale(out, out, a->p->model->h.attn_scale, h->n * a->head);
 }
@@ -101,8 +104,7 @@ static void store_kv(const struct sm_attention *a, size_t t, size_t kv_head, flo
     memcpy(tmp, p->buffers->k + at, a->head * sizeof(float));
     limit(a, tmp);
     limit(a, p->buffers->v + at);
-    norm_head(a, a->weights->k_norm, kv_head, tmp);
-    rope(a, t, tmp);
+    norm_and_turn(a, a->weights->k_norm, t, kv_head, tmp);
     p->model->kernels->kv_store(p->cache->kv_type,
                                 sm_cache_part(p->cache, page, a->layer, (int)kv_head, 0),
                                 sm_cache_part(p->cache, page, a->layer, (int)kv_head, 1),

@@ -221,6 +221,10 @@ def run(
         raise click.UsageError("give the prompt either as words or with -p, not both")
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template, which --raw leaves out")
+    if words and words[0].lower().endswith(".gguf") and os.path.isfile(words[0]):
+        raise click.UsageError(
+            f'{words[0]} is a file, which would be the prompt: smallm run -m {words[0]} "..."'
+        )
     if words:
         prompt = " ".join(words)
     if prompt is None or prompt == "-":

@@ -62,6 +62,7 @@ class Base:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head,
             "intermediate_size": self.feed_forward,
+            "num_local_experts": 0,  # which no adapter changes
         }
         return Config(path, values)
 

@@ -82,7 +82,8 @@ class Config:
     @property
     def head(self) -> int:
         return self.integer(
-            "head_dim", default=self.integer("hidden_size", "n_embd", "d_model") // self.n_head
+            "head_dim",
+            default=self.integer("hidden_size", "n_embd", "n_embed", "d_model") // self.n_head,
         )
 
     @property

@@ -29,7 +29,7 @@ from .._errors import (
 from .._files import whole_file
 from ._checkpoint import Tensor, open_checkpoint
 from ._config import Config, judged, read_json
-from ._families import DROPPED, Array, Family, Keys, Piece, find
+from ._families import DROPPED, Array, Family, Keys, Piece, find, pooling
 from ._tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def convert(
     keys = _general(name, folder)
     with judged(config.path):
         family, config = find(config)
-        for read in family.keys:
+        for read in (*family.keys, pooling):
             for key, value in read(config).items():
                 whole = key.startswith("tokenizer.")
                 keys[key if whole else f"{family.arch}.{key}"] = value

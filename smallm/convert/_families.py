@@ -65,10 +65,14 @@ class Family:
     rules: tuple[Rule, ...] = ()
     # Every layer has the same tensors: where one lacks another's, the checkpoint is incomplete.
     uniform: bool = True
+    # Which of the configs with these class names.
+    when: Callable[[Config], bool] = lambda config: True
     # How many layers there are of each stack, by what their tensors' names begin with.
     stacks: Callable[[Config], Mapping[str, int]] = lambda config: {"": config.n_layer}
     # The output head is the embedding table: a copy of it in the checkpoint is read by nobody.
     tied: Callable[[Config], bool] = lambda c: bool(c.get("tie_word_embeddings", default=False))
+    # What quantization_config.quant_method may say.
+    quantized: tuple[str, ...] = ()
     # Of models that see images, too: what config.json's text_config means where it does not say.
     # The text model's tensors are those that begin with "language_model."; the others are left out.
     text: Mapping[str, Any] | None = None
@@ -85,7 +89,7 @@ def base(c: Config) -> Keys:
         "context_length": c.integer(
             "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"
         ),
-        "embedding_length": c.integer("hidden_size", "n_embd", "d_model"),
+        "embedding_length": c.integer("hidden_size", "n_embd", "n_embed", "d_model"),
         "block_count": c.n_layer,
         "attention.head_count": c.n_head,
         "attention.head_count_kv": c.n_head_kv,
@@ -353,7 +357,7 @@ def rope_factors(c: Config) -> dict[str, Array]:
 
 def wide_ffn(c: Config) -> Keys:
     """Four times the width where the config does not say."""
-    width = c.integer("hidden_size", "n_embd", "d_model")
+    width = c.integer("hidden_size", "n_embd", "n_embed", "d_model")
     return {"feed_forward_length": c.integer("n_inner", "ffn_hidden_size", default=4 * width)}
 
 
@@ -364,12 +368,25 @@ def parallel_residual(default: bool) -> Callable[[Config], Keys]:
     }
 
 
-def neox_rope(c: Config) -> Keys:
-    """A quarter of each head turns where the config does not say."""
-    keys = rope(c)
-    if "partial_rotary_factor" not in rope_parameters(c):
-        keys["rope.dimension_count"] = c.head // 4
+def partial_rope(share: float) -> Callable[[Config], Keys]:
+    """share: of each head's values, which turn where the config does not say."""
+
+    def keys(c: Config) -> Keys:
+        found = rope(c)
+        if "partial_rotary_factor" not in rope_parameters(c):
+            found["rope.dimension_count"] = int(c.head * share)
+        return found
+
     return keys
+
+
+def hunyuan_rope(c: Config) -> Keys:
+    """A scaling of their own, which is a larger base."""
+    p = rope_parameters(c)
+    if p["rope_type"] == "dynamic" and p.get("alpha"):
+        theta = rope_number(c, p, "rope_theta") * p["alpha"] ** (c.head / (c.head - 2))
+        p = {"rope_type": "default", "rope_theta": theta}
+    return rope(Config(c.path, {**c.values, "rope_parameters": p}))
 
 
 def falcon_kv(c: Config) -> int:
@@ -516,9 +533,10 @@ def one_expert(m: re.Match[str], c: Config) -> list[Piece]:
 
 
 def split_experts(m: re.Match[str], c: Config) -> list[Piece]:
-    """[experts][gate rows, then up rows][inputs] of a fused tensor, and the same of one expert."""
+    """[experts][gate rows, then up rows][inputs] of a fused tensor, and the same of one expert, or
+    of a layer without experts."""
     layer, kind = m.groups()
-    suffix = "exps" if kind == "block_sparse_moe" else "shexp"
+    suffix = "_exps" if kind == "block_sparse_moe" else "_shexp" if granite_experts(c) else ""
 
     def half(second: bool) -> Callable[[Array], Array]:
         def make(x: Array) -> Array:
@@ -529,8 +547,8 @@ def split_experts(m: re.Match[str], c: Config) -> list[Piece]:
         return make
 
     return [
-        Piece(f"blk.{layer}.ffn_gate_{suffix}.weight", half(False)),
-        Piece(f"blk.{layer}.ffn_up_{suffix}.weight", half(True)),
+        Piece(f"blk.{layer}.ffn_gate{suffix}.weight", half(False)),
+        Piece(f"blk.{layer}.ffn_up{suffix}.weight", half(True)),
     ]
 
 
@@ -581,9 +599,6 @@ def convolution(c: Config) -> Keys:
 
 def state_space(c: Config) -> Keys:
     """Mamba 2, which has no attention and no feed-forward; a text may have any length."""
-    inner = c.integer("num_heads") * c.integer("head_dim")
-    if c.get("time_step_limit") not in UNLIMITED:
-        raise c.refuse("time_step_limit", UNLIMITED[1:])
     return {
         "vocab_size": c.integer("vocab_size"),
         "context_length": c.integer("max_position_embeddings", default=2**20),
@@ -593,10 +608,66 @@ def state_space(c: Config) -> Keys:
         "attention.head_count": 0,
         "attention.layer_norm_rms_epsilon": c.number("layer_norm_epsilon", default=1e-5),
         "ssm.conv_kernel": c.integer("conv_kernel"),
-        "ssm.inner_size": inner,
+        "ssm.inner_size": c.integer("num_heads") * c.integer("head_dim"),
         "ssm.state_size": c.integer("state_size"),
         "ssm.time_step_rank": c.integer("num_heads"),
         "ssm.group_count": c.integer("n_groups"),
+    }
+
+
+def unlimited(c: Config) -> Keys:
+    """No key: time steps of any length."""
+    if c.get("time_step_limit") not in UNLIMITED:
+        raise c.refuse("time_step_limit", UNLIMITED[1:])
+    return {}
+
+
+# What configs call layers with a state space, and with attention.
+GRANITE_KINDS = {
+    "mamba": True,
+    "linear_attention": True,
+    "attention": False,
+    "full_attention": False,
+}
+
+
+def granite_scans(c: Config) -> list[bool]:
+    """Of each layer of Granite 4, whether it has a state space in place of attention."""
+    kinds = c.get("layer_types", "layers_block_type", default=["mamba"] * c.n_layer)
+    if len(kinds) != c.n_layer or not GRANITE_KINDS.keys() >= set(kinds):
+        raise CorruptModelError(
+            f"{c.path}: layer_types is {kinds!r}; {c.n_layer} of {', '.join(GRANITE_KINDS)} are "
+            "wanted"
+        )
+    return [GRANITE_KINDS[kind] for kind in kinds]
+
+
+def granite_experts(c: Config) -> bool:
+    return c.integer("num_local_experts", default=8) > 0
+
+
+def granite_rope(c: Config) -> Keys:
+    """Whether queries and keys turn; and how."""
+    turns = c.get("position_embedding_type") == "rope"
+    return {"rope.scaling.finetuned": turns} | (rope(c) if turns else {})
+
+
+def granite_ffn(c: Config) -> Keys:
+    """Without experts all tokens use what else is the expert that they share."""
+    if not granite_experts(c):
+        return {"feed_forward_length": c.integer("shared_intermediate_size", default=1024)}
+    return ffn(c) | experts(c) | shared_expert(c)
+
+
+def granite_mixers(c: Config) -> Keys:
+    inner = c.integer("mamba_expand", default=2) * c.integer("hidden_size")
+    return {
+        "attention.head_count_kv": [0 if scans else c.n_head_kv for scans in granite_scans(c)],
+        "ssm.conv_kernel": c.integer("mamba_d_conv", default=4),
+        "ssm.inner_size": inner,
+        "ssm.state_size": c.integer("mamba_d_state", default=256),
+        "ssm.time_step_rank": c.integer("mamba_n_heads", default=128),
+        "ssm.group_count": c.integer("mamba_n_groups", default=1),
     }
 
 
@@ -672,8 +743,21 @@ def one_column(m: re.Match[str], c: Config) -> list[Piece]:
 
 
 def grouped_norm(m: re.Match[str], c: Config) -> list[Piece]:
-    groups = c.integer("n_groups")
+    groups = c.integer("n_groups", "mamba_n_groups", default=1)
     return [Piece(f"blk.{m[1]}.ssm_norm.weight", lambda x: x.reshape(groups, -1))]
+
+
+def state_space_tensors(mixer: str) -> tuple[Rule, ...]:
+    """mixer: what their names begin with, its group the layer."""
+    return (
+        (
+            rf"{mixer}\.conv1d\.weight",
+            lambda m, c: [Piece(f"blk.{m[1]}.ssm_conv1d.weight", lambda x: x[:, 0])],
+        ),
+        (rf"{mixer}\.dt_bias", lambda m, c: [Piece(f"blk.{m[1]}.ssm_dt.bias")]),
+        (rf"{mixer}\.(A_log|D)", one_column),
+        (rf"{mixer}\.norm\.weight", grouped_norm),
+    )
 
 
 def encoder_decoder(c: Config) -> Keys:
@@ -702,11 +786,16 @@ MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def encoder(c: Config) -> Keys:
-    """All tokens see all; how many kinds of texts there are; pooling as sentence-transformers says
-    beside the config.  Whether vectors are normalized is the caller's choice."""
+    """All tokens see all; how many kinds of texts there are."""
     keys: Keys = {"attention.causal": False}
     if c.get("type_vocab_size") is not None:
         keys["tokenizer.ggml.token_type_count"] = c.integer("type_vocab_size")
+    return keys
+
+
+def pooling(c: Config) -> Keys:
+    """What an embedding is made of, where sentence-transformers says it beside the config; also of
+    decoders.  Whether vectors are normalized is the caller's choice."""
     path = c.path.parent / "modules.json"
     folder = "1_Pooling"
     with judged(path):
@@ -719,7 +808,7 @@ def encoder(c: Config) -> Keys:
                 )
     path = c.path.parent / folder / "config.json"
     if not path.is_file():
-        return keys
+        return {}
     modes = [name for name, value in read_json(path).items() if value is True and "_mode_" in name]
     names = [name.removeprefix("pooling_mode_") for name in modes]
     if len(names) != 1 or names[0] not in POOLING:
@@ -727,7 +816,7 @@ def encoder(c: Config) -> Keys:
             f"{path}: the pooling is {', '.join(names) or 'none'}; this version takes one of "
             f"{', '.join(POOLING)}"
         )
-    return keys | {"pooling_type": POOLING[names[0]]}
+    return {"pooling_type": POOLING[names[0]]}
 
 
 def nomic(c: Config) -> Keys:
@@ -847,10 +936,41 @@ GEGLU: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def layer_norms_less_1(m: re.Match[str], c: Config) -> list[Piece]:
+    names = {"input_layer": "attn_norm", "post_attention_layer": "ffn_norm"}
+    target = "output_norm" if m[1] is None else f"blk.{m[1]}.{names[m[2]]}"
+    return [Piece(f"{target}.{m[3]}", (lambda x: x + 1) if m[3] == "weight" else None)]
+
+
 def norms_of_heads(m: re.Match[str], c: Config) -> list[Piece]:
     return [Piece(f"blk.{m[1]}.attn_{m[2]}_norm.weight", part=int(m[3]))]
 
 
+def shared_down(m: re.Match[str], c: Config) -> list[Piece]:
+    return [Piece(f"blk.{m[1]}.ffn_down{'_shexp' if granite_experts(c) else ''}.weight")]
+
+
+GRANITE_MLPS: tuple[Rule, ...] = (
+    (
+        r"model\.layers\.(\d+)\.(block_sparse_moe|shared_mlp)\.input_linear\.weight",
+        split_experts,
+    ),
+    (r"model\.layers\.(\d+)\.shared_mlp\.output_linear\.weight", shared_down),
+)
+GRANITE4 = Family(
+    "granite",
+    ("GraniteMoeHybridForCausalLM",),
+    (base, granite_ffn, rms_norm, granite_rope, multipliers),
+    expect={
+        **SILU,
+        "position_embedding_type": ("rope", "nope"),
+        "mamba_conv_bias": (True,),
+        "mamba_proj_bias": (False,),
+    },
+    rules=(PAIRED, *GRANITE_MLPS),
+    when=lambda c: not any(granite_scans(c)) and not granite_experts(c),
+    extra=rope_factors,
+)
 GEMMA3 = Family(
     "gemma3",
     ("Gemma3ForCausalLM",),
@@ -1025,14 +1145,66 @@ FAMILIES: tuple[Family, ...] = (
         ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
         (base, ffn, rms_norm, rope, experts, shared_expert, multipliers),
         expect=SILU,
+        rules=(PAIRED, *GRANITE_MLPS),
+        extra=rope_factors,
+    ),
+    GRANITE4,
+    replace(
+        GRANITE4,
+        arch="granitemoe",
+        when=lambda c: not any(granite_scans(c)) and granite_experts(c),
+    ),
+    replace(
+        GRANITE4,
+        arch="granitehybrid",
+        keys=(*GRANITE4.keys, granite_mixers, unlimited),
+        rules=(*GRANITE4.rules, *state_space_tensors(r"model\.layers\.(\d+)\.mamba")),
+        when=lambda c: any(granite_scans(c)),
+        uniform=False,
+    ),
+    Family(
+        "hunyuan-dense",
+        ("HunYuanDenseV1ForCausalLM",),
+        (base, ffn, rms_norm, hunyuan_rope),
+        expect=SILU,
+    ),
+    Family(
+        "ernie4_5",
+        ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
+        (base, ffn, rms_norm, rope),
+        expect=SILU,
+    ),
+    Family(
+        "chatglm",
+        ("GlmForCausalLM",),
+        (base, ffn, rms_norm, partial_rope(0.5)),
+        expect=SILU,
+    ),
+    Family(
+        "glm4",
+        ("Glm4ForCausalLM",),
+        (base, ffn, rms_norm, partial_rope(0.5)),
+        expect=SILU,
+    ),
+    Family(
+        "arcee",
+        ("ArceeForCausalLM",),
+        (base, ffn, rms_norm, rope),
+        expect={"hidden_act": ("relu2",)},
+        rules=(PAIRED,),
+        extra=rope_factors,
+    ),
+    Family(
+        "nemotron",
+        ("NemotronForCausalLM",),
+        (base, ffn, layer_norm, partial_rope(0.5)),
+        expect={"hidden_act": ("relu2",)},
         rules=(
-            PAIRED,
             (
-                r"model\.layers\.(\d+)\.(block_sparse_moe|shared_mlp)\.input_linear\.weight",
-                split_experts,
+                r"model\.(?:layers\.(\d+)\.(input_layer|post_attention_layer))?norm\.(weight|bias)",
+                layer_norms_less_1,
             ),
         ),
-        extra=rope_factors,
     ),
     Family(
         "gpt-oss",
@@ -1054,6 +1226,7 @@ FAMILIES: tuple[Family, ...] = (
                 lambda m, c: [Piece(f"blk.{m[1]}.attn_sinks.weight")],
             ),
         ),
+        quantized=("mxfp4",),
     ),
     Family(
         "phi3",
@@ -1088,9 +1261,50 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "starcoder",
+        ("GPTBigCodeForCausalLM",),
+        (base, wide_ffn, layer_norm, lambda c: {"attention.head_count_kv": 1}),
+        expect={
+            "activation_function": ("gelu_pytorch_tanh",),
+            "multi_query": (True,),
+            "scale_attn_weights": (True,),
+            "add_cross_attention": (False,),
+        },
+    ),
+    Family(
+        "bloom",
+        ("BloomForCausalLM", "BloomModel"),
+        (
+            # Positions have no table, and configs name no length.
+            lambda c: base(
+                Config(
+                    c.path,
+                    {"max_position_embeddings": c.get("seq_length", default=2048)} | c.values,
+                )
+            ),
+            wide_ffn,
+            layer_norm,
+        ),
+        expect={"apply_residual_connection_post_layernorm": (False,)},
+        rules=(
+            (
+                r"(?:transformer\.)?h\.(\d+)\.self_attention\.query_key_value\.(weight|bias)",
+                lambda m, c: [Piece(f"blk.{m[1]}.attn_qkv.{m[2]}", grouped(c.n_head, c.n_head))],
+            ),
+            (
+                r"(?:transformer\.)?word_embeddings_layernorm\.(weight|bias)",
+                lambda m, c: [Piece(f"token_embd_norm.{m[1]}")],
+            ),
+            (
+                r"(?:transformer\.)?h\.(\d+)\.post_attention_layernorm\.(weight|bias)",
+                lambda m, c: [Piece(f"blk.{m[1]}.ffn_norm.{m[2]}")],
+            ),
+        ),
+    ),
+    Family(
         "gptneox",
         ("GPTNeoXForCausalLM",),
-        (base, ffn, layer_norm, neox_rope, parallel_residual(True)),
+        (base, ffn, layer_norm, partial_rope(0.25), parallel_residual(True)),
         expect={"hidden_act": ("gelu",), "attention_bias": (True,)},
         rules=(
             (
@@ -1146,20 +1360,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "mamba2",
         ("Mamba2ForCausalLM",),
-        (state_space,),
+        (state_space, unlimited),
         expect={**SILU, "use_bias": (False,), "use_conv_bias": (True,)},
-        rules=(
-            (
-                r"backbone\.layers\.(\d+)\.mixer\.conv1d\.weight",
-                lambda m, c: [Piece(f"blk.{m[1]}.ssm_conv1d.weight", lambda x: x[:, 0])],
-            ),
-            (
-                r"backbone\.layers\.(\d+)\.mixer\.dt_bias",
-                lambda m, c: [Piece(f"blk.{m[1]}.ssm_dt.bias")],
-            ),
-            (r"backbone\.layers\.(\d+)\.mixer\.(A_log|D)", one_column),
-            (r"backbone\.layers\.(\d+)\.mixer\.norm\.weight", grouped_norm),
-        ),
+        rules=state_space_tensors(r"backbone\.layers\.(\d+)\.mixer"),
     ),
     Family(
         "bitnet",
@@ -1177,6 +1380,7 @@ FAMILIES: tuple[Family, ...] = (
                 lambda m, c: [Piece(f"blk.{m[1]}.{m[2]}_sub_norm.weight")],
             ),
         ),
+        quantized=("bitnet",),
     ),
     Family(
         "phi2",
@@ -1273,17 +1477,24 @@ def text_config(c: Config, defaults: Mapping[str, Any]) -> Config:
 def find(c: Config) -> tuple[Family, Config]:
     """The row for a config, and that of the text model in it.  UnsupportedModelError lists the rows
     there are."""
-    rows = {model: family for family in FAMILIES for model in family.models}
     wanted = c.get("architectures", default=[])
     for model in wanted:
-        if model in rows:
-            family = rows[model]
+        for family in FAMILIES:
+            if model not in family.models or not family.when(c):
+                continue
             if family.text is not None:
                 c = text_config(c, family.text)
             for name, allowed in family.expect.items():
                 if c.get(name) is not None and c.get(name) not in allowed:
                     raise c.refuse(name, allowed)
+            method = c.get("quantization_config", default={}).get("quant_method")
+            if method is not None and method not in family.quantized:
+                raise UnsupportedModelError(
+                    f"{c.path}: quantization_config says {json.dumps(method)}: these weights were "
+                    "rounded already; this version converts the checkpoint that they were made of"
+                )
             return family, c
+    known = dict.fromkeys(model for family in FAMILIES for model in family.models)
     raise UnsupportedModelError(
-        f"{c.path}: architectures is {wanted!r}; this version converts {', '.join(rows)}"
+        f"{c.path}: architectures is {wanted!r}; this version converts {', '.join(known)}"
     )

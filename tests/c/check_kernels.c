@@ -1178,6 +1178,14 @@ static void case_vector(uint64_t seed) {
         tiers[i].k.relu(got, got, n);
         compare(tiers[i].name, "relu in place", got, want, n);
     }
+    for (size_t i = 0; i < n; i++) want[i] *= want[i];
+    for (size_t i = 0; i < n_tiers; i++) {
+        tiers[i].k.relu2(got, x, n);
+        compare(tiers[i].name, "relu2", got, want, n);
+        memcpy(got, x, n * sizeof *got);
+        tiers[i].k.relu2(got, got, n);
+        compare(tiers[i].name, "relu2 in place", got, want, n);
+    }
     float cap = 1.0f + fabsf(a) * 50;
     for (size_t i = 0; i < n; i++) {
         want[i] = ref_softcap(x[i], cap);

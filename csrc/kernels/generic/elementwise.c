@@ -106,6 +106,13 @@ void SM_NAME(sm_relu)(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = x[i] < 0 ? 0 : x[i];
 }
 
+void SM_NAME(sm_relu2)(float *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float r = x[i] < 0 ? 0 : x[i];
+        out[i] = r * r;
+    }
+}
+
 void SM_NAME(sm_softcap)(float *out, const float *x, float cap, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = sm_softcap(x[i], cap);
 }

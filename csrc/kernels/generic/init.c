@@ -24,6 +24,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
         .gelu = SM_NAME(sm_gelu),
         .gelu_erf = SM_NAME(sm_gelu_erf),
         .relu = SM_NAME(sm_relu),
+        .relu2 = SM_NAME(sm_relu2),
         .softcap = SM_NAME(sm_softcap),
         .sigmoid = SM_NAME(sm_sigmoid),
         .silu = SM_NAME(sm_silu),

@@ -100,6 +100,7 @@ def granitemoe(module: Any, model: Any) -> Steps:
         "the other normalisation": patch(type(routers[0]), "forward", of_all),
         "gelu in place of silu": swapped(experts, "act_fn", gelu_tanh),
         "rope on pairs": patch(module, "apply_rotary_pos_emb", rope_on_pairs),
+        "no rope": patch(module, "apply_rotary_pos_emb", no_rope),
         "the usual attention scale": values(*((a, "scaling", 0.25) for a in attentions(model))),
         "no embedding scale": values((model.model, "embedding_multiplier", 1.0)),
         "no residual scale": values(*((x, "residual_multiplier", 1.0) for x in layers)),

@@ -1,4 +1,4 @@
-"""GPT-2, Pythia, StarCoder2, Falcon and MPT: layer norms and feed-forwards without a gate."""
+"""GPT-2, BLOOM, StarCoder 1 and 2, Pythia, Falcon and MPT: layer norms, no gates."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from case import (
     swapped,
     values,
 )
+from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
@@ -62,6 +63,28 @@ def gpt2(model: Any) -> Steps:
             modeling_gpt2.GPT2Block, "forward", gpt2_parallel
         ),
         "no biases": parameters(model, ".bias", 0),
+    }
+
+
+def starcoder(model: Any) -> Steps:
+    return forms((layer.mlp for layer in model.transformer.h), gelu_erf) | {
+        "no positions": parameters(model, "wpe.weight", 0),
+        "rms norm": patch(*RMS[1:]),
+        "no biases": parameters(model, ".bias", 0),
+    }
+
+
+def bloom(model: Any) -> Steps:
+    mlps = [layer.mlp for layer in model.transformer.h]
+    return {
+        "the other gelu": swapped(mlps, "gelu_impl", gelu_erf),
+        "silu in place of gelu": swapped(mlps, "gelu_impl", torch.nn.functional.silu),
+        "rms norm": patch(*RMS[1:]),
+        "no biases": parameters(model, ".bias", 0),
+        "no ALiBi": patch(modeling_bloom, "_get_alibi_slopes", lambda n, device: torch.zeros(n)),
+        "embeddings not normed": swapped(
+            [model.transformer], "word_embeddings_layernorm", lambda x: x
+        ),
     }
 
 
@@ -210,6 +233,48 @@ CASES = [
             r".*\.c_(?:attn|fc)\.weight": (0.0, 0.17),
             r".*\.c_proj\.weight": (0.0, 0.1),
             r".*\.wpe\.weight": (0.0, 0.35),
+        },
+    ),
+    Case(
+        "starcoder",
+        "starcoder",
+        transformers.GPTBigCodeConfig(
+            vocab_size=SMALL["vocab_size"],
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            **NO_DROPOUT,
+        ),
+        transformers.GPTBigCodeForCausalLM,
+        starcoder,
+        subtle=("the other gelu",),
+        scales={
+            r".*\.c_(?:attn|fc)\.weight": (0.0, 0.17),
+            r".*\.wpe\.weight": (0.0, 0.35),
+        },
+    ),
+    Case(
+        "bloom",
+        "bloom",
+        transformers.BloomConfig(
+            vocab_size=SMALL["vocab_size"],
+            hidden_size=160,
+            n_layer=2,
+            n_head=10,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        transformers.BloomForCausalLM,
+        bloom,
+        subtle=("the other gelu",),
+        scales={
+            r".*layernorm\.weight": (1.0, 0.25),
+            r".*\.query_key_value\.weight": (0.0, 0.11),
+            r".*\.dense_h_to_4h\.weight": (0.0, 0.12),
+            r".*\.dense_4h_to_h\.weight": (0.0, 0.15),
         },
     ),
     neox_case("gptneox", True),
