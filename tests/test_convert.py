@@ -466,6 +466,7 @@ def add(name: str, *shape: int) -> Callable[[Tensors], Any]:
     ("change", "says"),
     [
         (drop("model.embed_tokens.weight"), "embedding"),
+        (drop("lm_head.weight"), "no tensor is the output head"),
         (drop("model.layers.1.mlp.up_proj.weight"), "layer 1 of 2 lacks ffn_up.weight"),
         (add("model.layers.0.self_attn.extra.weight", 4), "self_attn.extra.weight"),
         (add("model.layers.2.mlp.up_proj.weight", 96, 64), "model.layers.2"),
@@ -841,6 +842,14 @@ def test_pooling_of_decoders_that_embed(folder: Path, tmp_path: Path) -> None:
     (folder / "1_Pooling").mkdir()
     modes = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+
+    def headless(tensors: Tensors) -> None:
+        """As the model without a head is saved."""
+        del tensors["lm_head.weight"]
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    edit(folder, headless)
     path = convert(folder, tmp_path / "m.gguf", progress=False)
     assert read(path)[0]["llama.pooling_type"] == 3
     ids = [5, 9, 40]

@@ -220,6 +220,7 @@ def plan(
         raise CorruptModelError(f"{config.path.parent}: no tensor is the embedding table")
     _judge_layers(config, family, set(sources))
     has_head = "output.weight" in sources
+    _judge_head(config, has_head)
     targets = []
     for name, found in sources.items():
         found.sort(key=lambda s: s.piece.part)
@@ -248,6 +249,19 @@ def _place(target: Target) -> tuple[int, str]:
     """Tensors of no layer come first, then layer by layer."""
     match = re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.", target.name)
     return (int(match[1]) if match is not None else -1), target.name
+
+
+def _judge_head(config: Config, has_head: bool) -> None:
+    """Without a head the embedding table is it: only where the config does not say otherwise, or
+    where nobody wants logits."""
+    embeds = (config.path.parent / "modules.json").is_file()
+    classes = config.get("architectures", default=[])
+    headless = any(name.endswith("Model") for name in classes)
+    if not (has_head or embeds or headless) and config.get("tie_word_embeddings") is False:
+        raise CorruptModelError(
+            f"{config.path.parent}: no tensor is the output head, and {config.path.name} says that "
+            "it is not the embedding table (tie_word_embeddings)"
+        )
 
 
 def _judge_layers(config: Config, family: Family, names: set[str]) -> None:
@@ -286,17 +300,18 @@ def _lookup(family: Family, config: Config) -> Callable[[str, Tensor], list[Piec
             if name.startswith(IMAGES):
                 return []
             name = name.removeprefix("language_model.")
-        for pattern, make in rules:
-            match = pattern.fullmatch(name)
-            if match is not None:
-                return make(match, config)
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if target is None:
-            raise UnsupportedModelError(
-                f"{tensor.path}: the tensor {name} is not one that {family.arch} has "
-                f"(layers: {config.n_layer})"
-            )
-        return [Piece(target)]
+        for known in (name, f"model.{name}"):  # models without a head may have shorter names
+            for pattern, make in rules:
+                match = pattern.fullmatch(known)
+                if match is not None:
+                    return make(match, config)
+            target = names.get_name(known, try_suffixes=(".weight", ".bias"))
+            if target is not None:
+                return [Piece(target)]
+        raise UnsupportedModelError(
+            f"{tensor.path}: the tensor {name} is not one that {family.arch} has "
+            f"(layers: {config.n_layer})"
+        )
 
     return lookup
 

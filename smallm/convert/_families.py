@@ -983,7 +983,7 @@ GEMMA3 = Family(
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llama",
-        ("LlamaForCausalLM", "MistralForCausalLM"),
+        ("LlamaForCausalLM", "MistralForCausalLM", "LlamaModel", "MistralModel"),
         (base, ffn, rms_norm, rope, sliding_window),
         expect=SILU,
         rules=(PAIRED,),
@@ -991,7 +991,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2",
-        ("Qwen2ForCausalLM",),
+        ("Qwen2ForCausalLM", "Qwen2Model"),
         (base, ffn, rms_norm, rope),
         expect=NO_WINDOW,
     ),
@@ -1010,7 +1010,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3",
-        ("Qwen3ForCausalLM",),
+        ("Qwen3ForCausalLM", "Qwen3Model"),
         (base, ffn, rms_norm, rope),
         expect=NO_WINDOW,
     ),
@@ -1084,7 +1084,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "stablelm",
         ("StableLmForCausalLM",),
-        (base, ffn, layer_norm, rope, parallel_residual(False)),
+        (base, ffn, layer_norm, partial_rope(0.25), parallel_residual(False)),
         expect=SILU,
         rules=(
             (
@@ -1385,7 +1385,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "phi2",
         ("PhiForCausalLM",),
-        (base, ffn, layer_norm, rope),
+        (base, ffn, layer_norm, partial_rope(0.5)),
         expect={"hidden_act": ("gelu_new",), "qk_layernorm": (False,)},
     ),
     Family(
@@ -1490,8 +1490,8 @@ def find(c: Config) -> tuple[Family, Config]:
             method = c.get("quantization_config", default={}).get("quant_method")
             if method is not None and method not in family.quantized:
                 raise UnsupportedModelError(
-                    f"{c.path}: quantization_config says {json.dumps(method)}: these weights were "
-                    "rounded already; this version converts the checkpoint that they were made of"
+                    f"{c.path}: quantization_config.quant_method is {json.dumps(method)}: this "
+                    "version converts the checkpoint that was quantized, not what came of it"
                 )
             return family, c
     known = dict.fromkeys(model for family in FAMILIES for model in family.models)
