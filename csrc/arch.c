@@ -9,6 +9,7 @@
 static const struct sm_arch archs[] = {
     {.name = "llama", .models = "Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla",
      .rope = SM_ROPE_PAIRS},
+    {.name = "mistral3", .models = "Ministral 3, Mistral Small 3.1", .rope = SM_ROPE_PAIRS},
     {.name = "qwen2", .models = "Qwen2, Qwen2.5", .rope = SM_ROPE_HALVES, .bias = SM_BIAS_QKV},
     {.name = "qwen3", .models = "Qwen3", .rope = SM_ROPE_HALVES, .qk_norm = SM_QK_NORM_HEAD},
     {.name = "gemma", .models = "Gemma", .rope = SM_ROPE_HALVES, .ffn = SM_FFN_GEGLU,
@@ -128,7 +129,7 @@ struct reader {
     smallm_error *err;
     int status;
     char key[128];
-    const char *asked[96]; /* [n_asked] names that were looked for: judge_rest refuses all others */
+    const char *asked[128]; /* [n_asked] names that were looked for: judge_rest refuses all others */
     size_t n_asked;
 };
 
@@ -220,6 +221,7 @@ static void read_rope_scaling(struct reader *r, struct sm_hparams *h) {
     h->yarn.fast = read_float(r, "rope.scaling.yarn_beta_fast", 32, 0, 1e6);
     h->yarn.slow = read_float(r, "rope.scaling.yarn_beta_slow", 1, 0, 1e6);
     h->yarn.magnitude = read_float(r, "rope.scaling.yarn_attn_factor", 0, 0, 1e3);
+    h->yarn.log_multiplier = read_limit(r, "rope.scaling.yarn_log_multiplier", 1e3);
     if (read_float(r, "rope.scaling.yarn_ext_factor", 1, -1e6, 1e6) != 1)
         refuse(r, r->key, "not 1", "1");
 }
@@ -341,6 +343,8 @@ static void read_scales(struct reader *r, struct sm_hparams *h) {
     const struct sm_arch *arch = r->arch;
     double width = arch->wide_layers == h->n_layer ? (double)h->n_embd / h->n_head : h->head;
     h->attn_scale = (float)read_float(r, "attention.scale", arch->unscaled ? 1 : 1 / sqrt(width), 0, 1e6);
+    h->temperature = (float)read_limit(r, "attention.temperature_scale", 1e3);
+    h->temperature_length = read_int(r, "attention.temperature_length", h->n_ctx_original, 1, 1 << 24);
     h->attn_cap = (float)read_float(r, "attn_logit_softcapping", arch->attn_cap, 0, 1e6);
     h->logit_cap = (float)read_float(r, "final_logit_softcapping", arch->logit_cap, 0, 1e6);
     h->qkv_limit = (float)read_limit(r, "attention.clamp_kqv", 1e6);
@@ -454,7 +458,7 @@ int sm_arch_read(const struct sm_arch *arch, const struct sm_gguf *g, struct sm_
     h->rope_base[1] = read_float(&r, "rope.freq_base_swa", local_base, 1, 1e12);
     h->rope_scale[1] = arch->plain_windows ? 1 : h->rope_scale[0];
     h->rope_magnitude = read_float(&r, "rope.scaling.attn_factor", 1, 0, 1e3);
-    h->n_ctx_short = read_int(&r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
+    h->n_ctx_original = read_int(&r, "rope.scaling.original_context_length", h->n_ctx_train, 1, 1 << 24);
     bool two = h->rope_base[1] != h->rope_base[0] || h->rope_scale[1] != h->rope_scale[0] ||
                (arch->plain_windows && h->yarn.used);
     bool turns = arch->rope != SM_ROPE_NONE, found;

@@ -134,6 +134,7 @@ struct sm_yarn {
     bool used;
     double context, fast, slow;
     double magnitude;  /* of cos and sin; 0: 1 - 0.1 log(rope_scale) */
+    double log_multiplier; /* that is divided by 1 - 0.1 log(rope_scale) times this */
 };
 
 #define SM_LAYERS_MAX 1024
@@ -165,9 +166,12 @@ struct sm_hparams {
     struct sm_yarn yarn;
     double rope_magnitude; /* what rope multiplies lengths by, too */
     bool long_rope;     /* the file must have rope factors for long and for short contexts */
-    int n_ctx_short;    /* contexts up to this take a file's short rope factors, others the long ones */
+    int n_ctx_original; /* contexts up to this take a file's short rope factors, others the long ones */
     bool parallel;      /* by the key */
     float attn_scale;   /* of scores */
+    /* Beyond so many positions they are scaled by 1 + temperature log(1 + floor(position / that)), too. */
+    float temperature;  /* 0: by nothing else */
+    int temperature_length;
     float qkv_limit;    /* of the size of q, k and v as their matrices give them; 0: none */
     float attn_cap, logit_cap; /* soft caps of scores and logits; 0: none */
     float embed_scale, residual_scale, logit_scale; /* of embeddings, what layers add to x, logits */

@@ -599,10 +599,12 @@ static int make_rope_freqs(struct loader *l, float *const *factors) {
     m->rope_freqs = sm_calloc((size_t)((m->h.n_rope + m->has_short) * n), sizeof m->rope_freqs[0]);
     if (m->rope_freqs == NULL)
         return sm_fail(l->err, SMALLM_E_MEMORY, "%s: no memory", sm_gguf_path(l->g));
-    double magnitude = m->h.rope_magnitude;
-    if (m->h.yarn.used)
-        magnitude *= m->h.yarn.magnitude != 0 ? m->h.yarn.magnitude
-                                              : 1 - 0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1));
+    double magnitude = m->h.rope_magnitude, stretch = -0.1 * sm_log(SM_MIN(m->h.rope_scale[0], 1));
+    const struct sm_yarn *yarn = &m->h.yarn;
+    if (yarn->used) {
+        magnitude *= yarn->magnitude != 0 ? yarn->magnitude : 1 + stretch;
+        magnitude /= 1 + yarn->log_multiplier * stretch;
+    }
     for (int t = 0; t < m->h.n_rope; t++) m->rope_magnitude[t] = is_scaled(m, t) ? magnitude : 1;
     int status = make_freqs(l, factor_names[all], factors[all], m->rope_freqs);
     if (status != SMALLM_OK || !m->has_short) return status;

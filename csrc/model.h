@@ -108,7 +108,7 @@ static inline sm_gated_fn *sm_model_gate(const struct sm_model *m) {
 
 /* The frequencies for contexts of n_ctx positions. */
 static inline const double *sm_model_rope_freqs(const struct sm_model *m, int n_ctx) {
-    bool is_short = m->has_short && n_ctx <= m->h.n_ctx_short;
+    bool is_short = m->has_short && n_ctx <= m->h.n_ctx_original;
     return m->rope_freqs + (is_short ? m->h.n_rot / 2 : 0);
 }
 

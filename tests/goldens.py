@@ -245,6 +245,7 @@ OTHER_VALUES: dict[str, Any] = {
     "attention.sliding_window_pattern": 2,
     "rope.freq_base_swa": 300.0,
     "attention.scale": 0.5,
+    "attention.temperature_scale": 0.8,
     "attn_logit_softcapping": 1.0,
     "final_logit_softcapping": 1.0,
     "embedding_scale": 2.0,

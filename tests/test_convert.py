@@ -417,6 +417,31 @@ def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
     assert "audio_tower.weight" in refusal(both)
 
 
+def test_ministral_that_sees_images(tmp_path: Path) -> None:
+    """The text model's file; and rope_parameters that name their type as old configs do."""
+    plain = tmp_path / "plain" / "m"
+    spec = json.loads((goldens.HERE / "mistral3.json").read_text(encoding="utf-8"))
+    goldens.write_folder(spec, "mistral3", plain)
+    config, path = spec["config"], tmp_path / "both" / "m"
+    goldens.write_folder(spec, "mistral3", path)
+    rope = config["rope_parameters"]
+    rope["type"] = rope.pop("rope_type")
+    names = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": config}
+    (path / "config.json").write_text(json.dumps(names), encoding="utf-8")
+
+    def nest(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[f"language_model.{name}"] = tensors.pop(name)
+        tensors["vision_tower.ln_pre.weight"] = np.ones(8, np.float16)
+
+    edit(path, nest)
+    a, b = (convert(p, tmp_path / f"{p.parent.name}.gguf", progress=False) for p in (plain, path))
+    assert a.read_bytes() == b.read_bytes()
+    names["quantization_config"] = {"quant_method": "fp8"}
+    (path / "config.json").write_text(json.dumps(names), encoding="utf-8")
+    assert "fp8" in refusal(path)
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 REFUSALS = (smallm.UnsupportedModelError, smallm.CorruptModelError, smallm.ModelNotFoundError)
@@ -1131,6 +1156,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
 BETAS = {
     "olmo3": {"yarn_beta_fast": 2.0, "yarn_beta_slow": 0.5},
     "qwen2-yarn": {"yarn_beta_fast": 1.5, "yarn_beta_slow": 0.15},
+    "mistral3": {"yarn_beta_fast": 1.5, "yarn_beta_slow": 0.15},
     "gpt-oss": {"yarn_beta_fast": 3.22, "yarn_beta_slow": 0.3223},
 }
 

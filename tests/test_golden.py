@@ -473,7 +473,7 @@ def test_an_unknown_architecture_is_refused_with_those_there_are(tmp_path: Path)
 @pytest.mark.parametrize(
     "key",
     [
-        "attention.temperature_scale",
+        "attention.output_scale",
         "router_logit_softcapping",
         "rope.scaling.yarn_log_multiplier",
     ],
@@ -689,7 +689,7 @@ def test_keys_are_judged_in_every_architecture(first: Golden, tmp_path: Path) ->
     ("key", "value"),
     [
         ("yarn_ext_factor", 0.5),
-        ("yarn_log_multiplier", 0.1),
+        ("yarn_log_multiplier", -0.1),
         ("yarn_beta_fast", 0.0),
         ("yarn_attn_factor", NAN),
         ("original_context_length", 0),
@@ -735,6 +735,26 @@ def test_yarn_s_magnitude_as_llama_cpp_s_converter_writes_it(
     assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) < EXACT
     path = golden.change(tmp_path / "m.gguf", keys={"rope.scaling.attn_factor": None})
     assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) > 300 * EXACT
+
+
+def test_yarn_s_magnitude_as_a_multiplier_of_its_logarithm(
+    convert_golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    """As llama.cpp's converter writes mscale_all_dim."""
+    golden = convert_golden("mistral3")
+    keys = {
+        "rope.scaling.attn_factor": None,
+        "rope.scaling.yarn_log_multiplier": tiny.f32(1.0),
+        "attention.temperature_length": 64,
+    }
+    path = golden.change(tmp_path / "m.gguf", keys=keys)
+    assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) < EXACT
+    for key, value in (
+        ("rope.scaling.yarn_log_multiplier", 0.5),
+        ("attention.temperature_length", 99),
+    ):
+        path = golden.change(tmp_path / "m.gguf", keys=keys | {key: value})
+        assert golden.error(compute(path, golden.ids, threads=2, kv="f32")) > 100 * EXACT, key
 
 
 def test_longrope_is_a_type_that_wants_its_factors(

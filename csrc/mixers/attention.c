@@ -8,6 +8,7 @@
  *     their chunks and fold as they go.
  * One load of K or V serves all query heads of its group. */
 #include "../forward.h"
+#include "../mathx.h"
 
 #define TOKENS_PER_ITEM 8
 
@@ -85,6 +86,14 @@ static void limit(const struct sm_attention *a, float *x) {
     for (size_t i = 0; i < a->head && most > 0; i++) x[i] = x[i] > most ? most : x[i] < -most ? -most : x[i];
 }
 
+/* Of the scores of token t. */
+static float scale_of(const struct sm_attention *a, size_t t) {
+    const struct sm_hparams *h = &a->p->model->h;
+    if (h->temperature == 0) return h->attn_scale;
+    int times = a->p->batch->positions[t] / h->temperature_length;
+    return (float)((double)h->attn_scale * (1 + (double)h->temperature * sm_log(1 + times)));
+}
+
 /* Normed, turned and scaled queries of token t: out [h->n][head]. */
 static void make_queries(const struct sm_attention *a, size_t t, const struct heads *h, float *out) {
     memcpy(out, query_of(a, t, h), h->n * a->head * sizeof(float));
@@ -92,7 +101,7 @@ static void make_queries(const struct sm_attention *a, size_t t, const struct he
         limit(a, out + g * a->head);
         norm_and_turn(a, a->weights->q_norm, t, first_head(a, h) + g, out + g * a->head);
     }
-    a->p->model->kernels->scale(out, out, a->p->model->h.attn_scale, h->n * a->head);
+    a->p->model->kernels->scale(out, out, scale_of(a, t), h->n * a->head);
 }
 
 /* Norms and turns token t's k and writes k and v of one head to the cache.  tmp: [head] */

@@ -214,7 +214,7 @@ def rope_parameters(c: Config) -> dict[str, Any]:
     new = c.get("rope_parameters")
     if new is not None:
         new = new.get("full_attention", new)  # layers with a window: `local_rope`
-        return {**new, "rope_type": new.get("rope_type", "default")}
+        return {**new, "rope_type": new.get("rope_type", new.get("type", "default"))}
     old = c.get("rope_scaling", default={})
     rope_type = old.get("rope_type", old.get("type", "default"))
     theta = c.number("rope_theta", "rotary_emb_base", default=10000.0)
@@ -378,6 +378,12 @@ def partial_rope(share: float) -> Callable[[Config], Keys]:
         return found
 
     return keys
+
+
+def temperature(c: Config) -> Keys:
+    """How much scores grow with each original context that lies before a position."""
+    share = rope_parameters(c).get("llama_4_scaling_beta")
+    return {"attention.temperature_scale": float(share)} if share else {}
 
 
 def hunyuan_rope(c: Config) -> Keys:
@@ -971,6 +977,13 @@ GRANITE4 = Family(
     when=lambda c: not any(granite_scans(c)) and not granite_experts(c),
     extra=rope_factors,
 )
+MISTRAL3 = Family(
+    "mistral3",
+    ("Ministral3ForCausalLM",),
+    (base, ffn, rms_norm, rope, sliding_window, temperature),
+    expect=SILU,
+    rules=(PAIRED,),
+)
 GEMMA3 = Family(
     "gemma3",
     ("Gemma3ForCausalLM",),
@@ -989,6 +1002,8 @@ FAMILIES: tuple[Family, ...] = (
         rules=(PAIRED,),
         extra=rope_factors,
     ),
+    MISTRAL3,
+    replace(MISTRAL3, models=("Mistral3ForConditionalGeneration",), text={}),
     Family(
         "qwen2",
         ("Qwen2ForCausalLM", "Qwen2Model"),
@@ -1478,6 +1493,7 @@ def find(c: Config) -> tuple[Family, Config]:
     """The row for a config, and that of the text model in it.  UnsupportedModelError lists the rows
     there are."""
     wanted = c.get("architectures", default=[])
+    method = c.get("quantization_config", default={}).get("quant_method")
     for model in wanted:
         for family in FAMILIES:
             if model not in family.models or not family.when(c):
@@ -1487,7 +1503,6 @@ def find(c: Config) -> tuple[Family, Config]:
             for name, allowed in family.expect.items():
                 if c.get(name) is not None and c.get(name) not in allowed:
                     raise c.refuse(name, allowed)
-            method = c.get("quantization_config", default={}).get("quant_method")
             if method is not None and method not in family.quantized:
                 raise UnsupportedModelError(
                     f"{c.path}: quantization_config.quant_method is {json.dumps(method)}: this "

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla."""
+"""Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Gorilla, Ministral 3."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from case import (
     values,
 )
 from transformers.models.llama import modeling_llama
+from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.mistral import modeling_mistral
 
 LLAMA3 = {
@@ -78,6 +79,22 @@ def mistral(model: Any) -> Steps:
     }
 
 
+def ministral(model: Any) -> Steps:
+    mlps = [layer.mlp for layer in model.model.layers]
+    return {
+        "rope on pairs": patch(modeling_ministral3, "apply_rotary_pos_emb", rope_on_pairs),
+        "no rope": patch(modeling_ministral3, "apply_rotary_pos_emb", no_rope),
+        "gelu in place of silu": swapped(mlps, "act_fn", gelu_tanh),
+        "no rope scaling": plain_rope(model, 10000.0),
+        "the usual magnitude": values((model.model.rotary_emb, "attention_scaling", 1.1386)),
+        "no temperature": patch(modeling_ministral3, "get_llama_4_attn_scale", unscaled),
+    }
+
+
+def unscaled(positions: Any, beta: float, length: int) -> Any:
+    return torch.ones_like(positions)[:, None, :, None]
+
+
 CASES = [
     Case(
         "llama",
@@ -121,5 +138,27 @@ CASES = [
         ),
         transformers.MistralForCausalLM,
         mistral,
+    ),
+    Case(
+        "mistral3",
+        "mistral3",
+        transformers.Ministral3Config(
+            **SMALL,
+            head_dim=16,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "beta_fast": 1.5,
+                "beta_slow": 0.15,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.3,
+            },
+        ),
+        transformers.Ministral3ForCausalLM,
+        ministral,
     ),
 ]
