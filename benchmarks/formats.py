@@ -5,7 +5,7 @@
 For each format a file of random weights is written (scripts/random_model.py: by default two layers
 of a 1B model, a small vocabulary), timed as in peers.py, and removed.
 
-    python benchmarks/formats.py --best --write
+    python benchmarks/formats.py --best --limit avx512vnni --write
 
 measures the best tier alone and puts the shares into formats.json and README's table, unless the
 run is to be discarded; with --types those of other formats stay as they are.
@@ -35,7 +35,7 @@ from common import (
     table,
     write_json,
 )
-from peers import LIMIT, N_DECODE, N_PREFILL, judge, measure_speed, percent
+from peers import LIMIT, N_DECODE, N_PREFILL, add_limit, judge, measure_speed, percent
 
 sys.path.insert(0, str(HERE.parent / "scripts"))
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
+    add_limit(parser)
     parser.add_argument("--best", action="store_true", help="on the best tier only")
     parser.add_argument(
         "--write", action="store_true", help="write formats.json and README's table"
@@ -75,7 +76,9 @@ def main() -> None:
             found = measure_format(str(path), work, probes, options)
             found["packed_bits"] = packed_bits(path, shape, type_name, options)
             results["formats"][type_name] = found
-            found_faults = judge(found["speed"], found["tiers"]["smallm"], work, options)
+            found_faults = judge(
+                found["speed"], options.limit or found["tiers"]["smallm"], work, options
+            )
             faults += [f"{type_name}: {fault}" for fault in found_faults]
             new = format_rows(type_name, work, found)
             print(table(head, new), file=sys.stderr, flush=True)  # all of it takes a while
@@ -112,7 +115,8 @@ def measure_format(path: str, work: limits.Work, probes: Probes, options: Any) -
             if tier not in tiers.values():
                 name = isa or "smallm"
                 running[name], tiers[name] = engine, tier
-        speed = measure_speed(running, tiers, work, probes, N_PREFILL, options)
+        limit = {"smallm": options.limit} if options.limit else {}
+        speed = measure_speed(running, tiers | limit, work, probes, N_PREFILL, options)
     return {"work": vars(work), "tiers": tiers, "speed": speed}
 
 
@@ -135,6 +139,7 @@ def write_shares(results: dict[str, Any], options: Any) -> None:
     setting = {
         "cpu": results["machine"]["cpu"],
         "isa": ", ".join(sorted(tiers)),
+        "limit": options.limit or "of the tier",
         "threads": options.threads,
         "shape": f"{options.layers} layers of {options.shape}",
     }

@@ -13,6 +13,7 @@ the machine was not quiet.
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping
@@ -74,11 +75,7 @@ def main() -> None:
         default="f16",
         help="type of smallm's KV cache, whose bytes the limit counts; the peers' is float16",
     )
-    parser.add_argument(
-        "--limit",
-        choices=limits.TIERS,
-        help="whose arithmetic peak is the limit (default: that of the tier that smallm runs on)",
-    )
+    add_limit(parser)
     options = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "threads": options.threads, "models": []}
     print(f"{results['machine']['cpu']}, {options.threads} threads; tokens per second")
@@ -117,6 +114,14 @@ def main() -> None:
     results["discard"] = faults
     write_json(options.json, results)
     sys.exit(1 if faults else 0)
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit",
+        choices=limits.TIERS,
+        help="whose arithmetic peak is the limit (default: that of the tier that smallm runs on)",
+    )
 
 
 def load(

@@ -511,9 +511,11 @@ static void run_tile(const struct project *p, const struct sm_product *product,
         finish_gated(p, row, n_rows, ld, gate, up);
         return;
     }
-    bool as_is = !product->add && product->apply == NULL && !p->fine && product->rows == NULL &&
-                 !is_scaled(product);
-    if (as_is && n_rows == ld) { /* nothing is between the sums and their place */
+    /* Where nothing is between the sums and their place they go there at once; but of many tokens a kernel
+     * writes a line each, at distances that put most of them into the same few sets of the caches. */
+    bool as_is = !product->add && product->apply == NULL && p->rows < SM_FEW && !p->fine &&
+                 product->rows == NULL && !is_scaled(product);
+    if (as_is && n_rows == ld) {
         float *out = product->out + row;
         multiply(p, product->w, acts, panel, n_panels, next, l, out, product->stride);
         add_adapters(p, index, panel, n_panels, product->stride, out, l);

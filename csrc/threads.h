@@ -3,7 +3,7 @@
  *
  * No thread is waited for that has not begun: beside busy processes, or on cores of unequal speed, the
  * threads that run take the share of those that do not.  Between phases the workers spin for some
- * 40 us by the clock, then sleep: an idle pool uses no CPU.
+ * 12 us by the clock, then sleep: an idle pool uses no CPU.
  * One caller at a time (the engine's thread, or the loader). */
 #ifndef SM_THREADS_H
 #define SM_THREADS_H

@@ -32,11 +32,66 @@ INLINE __m128i quantize(__m512 x, __m512 id) {
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, id)));
 }
 
+/* v [8][16] -> [8]: what `op` makes of each vector's 16 values. */
+#define DEFINE_FOLD(name, op)                                                                          \
+    INLINE __m256i name(const __m512i v[8]) {                                                          \
+        __m512i half[4], fours[2]; /* fours [2][4 parts][4 vectors] */                                 \
+        for (int i = 0; i < 4; i++)                                                                    \
+            half[i] = op(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),                                \
+                         _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));                               \
+        for (int i = 0; i < 2; i++)                                                                    \
+            fours[i] = op(_mm512_unpacklo_epi64(half[2 * i], half[2 * i + 1]),                         \
+                          _mm512_unpackhi_epi64(half[2 * i], half[2 * i + 1]));                        \
+        __m512i both = op(_mm512_shuffle_i32x4(fours[0], fours[1], 0x44),                              \
+                          _mm512_shuffle_i32x4(fours[0], fours[1], 0xee));                             \
+        both = op(both, _mm512_shuffle_i32x4(both, both, 0xb1));                                       \
+        return _mm512_castsi512_si256(_mm512_shuffle_i32x4(both, both, 0x08));                         \
+    }
+DEFINE_FOLD(fold_max, _mm512_max_epi32)
+DEFINE_FOLD(fold_sum, _mm512_add_epi32)
+#undef DEFINE_FOLD
+
+/* Eight blocks at once, whose maxima and sums are then one vector each: blocks at + 0 .. at + 7 of the
+ * scales from x [256] into q [256].  Raises *largest to the bits of the largest |x|. */
+INLINE void prepare_eight(struct sm_acts *a, size_t at, int8_t *q, const float *x, __m256i *largest) {
+    __m512i v[8];
+    for (int b = 0; b < 8; b++)
+        v[b] = _mm512_max_epi32(abs_bits(_mm512_loadu_ps(x + 32 * b)),
+                                abs_bits(_mm512_loadu_ps(x + 32 * b + 16)));
+    __m256i bits = fold_max(v);
+    *largest = _mm256_max_epi32(*largest, bits);
+    __m256 amax = _mm256_castsi256_ps(bits);
+    __mmask8 whole = _mm256_cmp_ps_mask(amax, _mm256_set1_ps(0x1p-100f), _CMP_NLT_UQ);
+    __m256 d = _mm256_maskz_div_ps(whole, amax, _mm256_set1_ps(127.0f));
+    float ids[8];
+    _mm256_storeu_ps(ids, _mm256_maskz_div_ps(whole, _mm256_set1_ps(127.0f), amax));
+    for (int b = 0; b < 8; b += 2) {
+        __m512i codes[4];
+        for (int i = 0; i < 4; i++) {
+            __m512 id = _mm512_set1_ps(ids[b + i / 2]);
+            codes[i] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 32 * b + 16 * i), id));
+        }
+        v[b] = _mm512_add_epi32(codes[0], codes[1]);
+        v[b + 1] = _mm512_add_epi32(codes[2], codes[3]);
+        __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(codes[0], codes[1]), /* [4 parts][4 codes] */
+                                           _mm512_packs_epi32(codes[2], codes[3]));
+        bytes = _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+        _mm512_storeu_si512(q + 32 * b, bytes);
+    }
+    __m256i sum = fold_sum(v);
+    _mm256_storeu_ps(a->d + at, d);
+    _mm256_storeu_si256((__m256i *)(a->sum + at), sum);
+    _mm256_storeu_ps(a->s + at, _mm256_mul_ps(d, _mm256_cvtepi32_ps(sum)));
+}
+
 bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
-    size_t n_blocks = a->k_pad / 32, at = row * n_blocks;
+    size_t n_blocks = a->k_pad / 32, at = row * n_blocks, b = 0;
     int8_t *q = a->q + row * a->stride;
-    int32_t largest = 0;
-    for (size_t b = 0; b < n_blocks; b++) {
+    __m256i eight = _mm256_setzero_si256();
+    for (; 32 * (b + 8) <= a->k; b += 8) prepare_eight(a, at + b, q + 32 * b, x + 32 * b, &eight);
+    int32_t largest = _mm512_reduce_max_epi32(_mm512_zextsi256_si512(eight));
+    for (; b < n_blocks; b++) {
         __m512 lo = load(x, 32 * b, a->k), hi = load(x, 32 * b + 16, a->k);
         int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(abs_bits(lo), abs_bits(hi)));
         largest = SM_MAX(largest, bits);
