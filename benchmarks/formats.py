@@ -9,6 +9,10 @@ of a 1B model, a small vocabulary), timed as in peers.py, and removed.
 
 measures the best tier alone and puts the shares into formats.json and README's table, unless the
 run is to be discarded; with --types those of other formats stay as they are.
+
+    python benchmarks/formats.py --best --peer llama-cpp-python=ENV/bin/python
+
+runs other engines beside it, in the same rounds.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import Any
 import limits
 from common import (
     HERE,
+    PEERS,
     Engine,
     EngineError,
     Probes,
@@ -49,7 +54,7 @@ ISAS = ("avx512vnni", "avxvnni", "avx2")  # besides the best
 
 
 def main() -> None:
-    parser = arguments(__doc__.partition("\n")[0], peers=False)
+    parser = arguments(__doc__.partition("\n")[0])
     parser.add_argument("--types", nargs="+", choices=random_model.TYPES, default=TYPES)
     parser.add_argument("--shape", choices=random_model.SHAPES, default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, default=2)
@@ -67,6 +72,8 @@ def main() -> None:
     probes = Probes()
     faults = []
     head = ["", "tier", "MB/token", "prefill", "of the limit", "decode", "of the limit"]
+    if options.peer:
+        head.append("prefill, decode / it")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.gguf"
@@ -99,7 +106,7 @@ def main() -> None:
 
 def measure_format(path: str, work: limits.Work, probes: Probes, options: Any) -> dict[str, Any]:
     """{"tiers": {engine: tier}, "speed": of peers.measure_speed()}; the engines: smallm as it is,
-    and as it would be on CPUs with less."""
+    as it would be on CPUs with less, and the peers that load the file."""
     running: dict[str, Engine] = {}
     tiers: dict[str, str] = {}
     with ExitStack() as stack:
@@ -115,6 +122,13 @@ def measure_format(path: str, work: limits.Work, probes: Probes, options: Any) -
             if tier not in tiers.values():
                 name = isa or "smallm"
                 running[name], tiers[name] = engine, tier
+        for name, python in options.peer:
+            engine = stack.enter_context(Engine(name, python))
+            try:
+                engine.ask("load", path, options.threads, 1024, False)
+                running[name] = engine
+            except EngineError as error:
+                print(error, file=sys.stderr)
         limit = {"smallm": options.limit} if options.limit else {}
         speed = measure_speed(running, tiers | limit, work, probes, N_PREFILL, options)
     return {"work": vars(work), "tiers": tiers, "speed": speed}
@@ -157,12 +171,19 @@ def write_shares(results: dict[str, Any], options: Any) -> None:
 
 def format_rows(type_name: str, work: limits.Work, found: dict[str, Any]) -> list[list[str]]:
     rows = []
-    for name, tier in found["tiers"].items():
+    peers = [name for name in PEERS if name in found["speed"]["prefill"]]
+    for name in (*found["tiers"], *peers):
+        tier = found["tiers"].get(name, name)
         cells = [type_name, tier, f"{work.weight_bytes / 1e6:.1f}"]
         for key in KEYS:
             rates = found["speed"][key]
-            limit = rates.get(LIMIT if name == "smallm" else f"{LIMIT} of {name}", [])
+            own = f"{LIMIT} of {name}"
+            limit = rates.get(own if own in rates else LIMIT, [])
             cells += [show(rates[name]), percent(rates[name], limit)]
+        if peers:
+            best = (found["speed"][key] for key in KEYS)
+            quotients = [show(ratios(rates["smallm"], rates[name]), 2) for rates in best]
+            cells.append("" if name == "smallm" else ", ".join(quotients))
         rows.append(cells)
     return rows
 

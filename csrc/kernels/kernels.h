@@ -32,7 +32,7 @@
  *   IQ4_XS IQ1..IQ3  acc = fma((float)isum, dw * da, acc) per group (IQ4_XS 32, IQ2 and IQ3_XXS 64,
  *                    IQ3_S and IQ1 256), isum = sum over sub-blocks of 16 of scale * sum value * q,
  *                    exact in int32 and in float; values and scales are whole numbers (codes.def), and
- *                    dw is d / 8 for IQ1 and IQ2, d / 4 for IQ3_XXS
+ *                    dw is d / 8 for IQ1 and IQ2, d / 2 for IQ3_XXS
  *   F32 F16 BF16     acc = fma(w, x, acc) for each k ascending; NVFP4 likewise, w its value
  Adapters.  To the product of a matrix with x a pair (A, B) adds, before the bias:
  *   u_i = (A x)_i * (scale * (alpha / rank));  out_r = out_r + (B u)_r
@@ -121,7 +121,7 @@ struct sm_acts {
     int8_t *q;     /* Q8_*:   [n][stride] */
     float *d;      /* Q8_32:  [n][k_pad / 32];  Q8_256: [n][k_pad / 256] */
     float *s;      /* Q8_32:  [n][k_pad / 32] */
-    int32_t *sum;  /* Q8_32:  [n][k_pad / 32];  Q8_256: [n][k_pad / 16] */
+    int16_t *sum;  /* Q8_32:  [n][k_pad / 32];  Q8_256: [n][k_pad / 16]: |sum| <= 32 * 127 */
 };
 
 static inline size_t sm_act_pad(enum sm_act act, size_t k) {

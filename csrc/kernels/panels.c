@@ -64,7 +64,7 @@ static void pack_values(uint8_t *panel, const uint8_t *rows, size_t n_rows, size
 INLINE void pack_block(struct sm_layout f, uint8_t *out, const struct sm_parts parts[ROWS]) {
     for (size_t r = 0; r < ROWS; r++) memcpy(out + 2 * r, &parts[r].d, 2);
     for (size_t r = 0; r < ROWS && f.mins; r++) memcpy(out + 2 * (ROWS + r), &parts[r].m, 2);
-    for (size_t s = 0; s < sm_layout_n_sub(f) && f.scales != SM_SCALES_NONE; s++) {
+    for (size_t s = 0; s < sm_layout_n_sub(f) && sm_layout_has_scales(f); s++) {
         uint8_t *scale = out + sm_layout_scales(f) + s * ROWS;
         for (size_t r = 0; r < ROWS; r++) scale[r] = parts[r].scale[s];
         if (!f.mins || f.scales == SM_SCALES_NIBBLES) continue;
@@ -94,7 +94,7 @@ void sm_panel_block(struct sm_layout f, const uint8_t *block, size_t r, struct s
     p.m = 0;
     memcpy(&p.d, block + 2 * r, 2);
     if (f.mins) memcpy(&p.m, block + 2 * (ROWS + r), 2);
-    for (size_t s = 0; s < sm_layout_n_sub(f) && f.scales != SM_SCALES_NONE; s++) {
+    for (size_t s = 0; s < sm_layout_n_sub(f) && sm_layout_has_scales(f); s++) {
         p.scale[s] = block[sm_layout_scales(f) + s * ROWS + r];
         if (f.mins && f.scales == SM_SCALES_BYTES)
             p.min[s] = block[sm_layout_mins(f) + s * ROWS + r];

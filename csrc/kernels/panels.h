@@ -25,7 +25,7 @@ static inline size_t sm_layout_mins(struct sm_layout f) { /* BYTES with mins */
     return sm_layout_scales(f) + sm_layout_n_sub(f) * SM_PANEL_ROWS;
 }
 static inline size_t sm_layout_codes(struct sm_layout f) {
-    size_t per_sub = f.scales == SM_SCALES_NONE ? 0
+    size_t per_sub = !sm_layout_has_scales(f) ? 0
                      : f.scales == SM_SCALES_BYTES && f.mins ? 2 : 1;
     return sm_layout_scales(f) + per_sub * sm_layout_n_sub(f) * SM_PANEL_ROWS;
 }

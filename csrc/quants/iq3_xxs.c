@@ -1,5 +1,5 @@
-/* IQ3_XXS: 256 values in 8 sub-blocks of 32: (d / 4 * (2 scale + 1)) * (+-4, 12, 20, 28, 36, 44, 52
- * or 62), four values' magnitudes by a grid of 256 entries. */
+/* IQ3_XXS: 256 values in 8 sub-blocks of 32: (d / 2 * (2 scale + 1)) * (+-2, 6, 10, 14, 18, 22, 26
+ * or 31), four values' magnitudes by a grid of 256 entries. */
 #include "block.h"
 #include "grids.h"
 

@@ -8,8 +8,8 @@ static uint32_t every_byte(uint32_t x) { return x * 0x01010101u; }
 void sm_parts_codes(struct sm_layout f, const struct sm_parts *p, struct sm_codes *c) {
     bool plain = f.scales == SM_SCALES_NONE;
     c->d = f.d == SM_D_BF16 ? sm_bf16_to_f32(p->d) : sm_f16_to_f32(p->d);
-    if (f.d == SM_D_FOURTH) c->d *= 0.25f;
-    if (f.d == SM_D_EIGHTH) c->d *= 0.125f;
+    if (f.d == SM_D_HALVES) c->d *= 0.5f;
+    if (f.d == SM_D_EIGHTHS) c->d *= 0.125f;
     c->m = sm_f16_to_f32(p->m);
     if (plain && f.mins) c->m = -c->m; /* it is added; without mins it stays +0 */
     for (int s = 0; s < f.block / f.sub; s++) {
@@ -17,7 +17,7 @@ void sm_parts_codes(struct sm_layout f, const struct sm_parts *p, struct sm_code
         if (f.scales == SM_SCALES_NIBBLES) {
             c->scale[s] = p->scale[s] & 15;
             c->min[s] = p->scale[s] >> 4;
-        } else if (!plain) {
+        } else if (sm_layout_has_scales(f)) {
             c->scale[s] = (int8_t)p->scale[s];
             c->min[s] = f.mins ? p->min[s] : 0;
         }

@@ -43,14 +43,14 @@ static inline size_t sm_row_bytes(enum sm_type t, size_t k) {
     return k / sm_quants[t].block_size * sm_quants[t].block_bytes;
 }
 
-enum sm_scales { SM_SCALES_NONE, SM_SCALES_BYTES, SM_SCALES_NIBBLES };
+enum sm_scales { SM_SCALES_NONE, SM_SCALES_ONES, SM_SCALES_BYTES, SM_SCALES_NIBBLES };
 
 enum sm_table_id {
     SM_TABLE_NONE, SM_TABLE_IQ4, SM_TABLE_FP4, SM_TABLE_IQ3_XXS, SM_TABLE_IQ3_S, SM_TABLE_IQ2, SM_TABLE_IQ1
 };
 #define SM_TABLE_FP4_BIAS 16
 
-enum sm_d { SM_D_F16, SM_D_FOURTH, SM_D_EIGHTH, SM_D_BF16 };
+enum sm_d { SM_D_F16, SM_D_HALVES, SM_D_EIGHTHS, SM_D_BF16 };
 
 struct sm_layout { /* a row of codes.def */
     int block, sub, group;
@@ -72,8 +72,8 @@ static inline const uint8_t *sm_table(enum sm_table_id id) {
         [SM_TABLE_IQ4] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
         /* E2M1, doubled: 0 1 2 3 4 6 8 12 and their negatives */
         [SM_TABLE_FP4] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4},
-        /* +-4 12 20 28 36 44 52 62 */
-        [SM_TABLE_IQ3_XXS] = {68, 76, 84, 92, 100, 108, 116, 126, 60, 52, 44, 36, 28, 20, 12, 2},
+        /* +-2 6 10 14 18 22 26 31 */
+        [SM_TABLE_IQ3_XXS] = {34, 38, 42, 46, 50, 54, 58, 63, 30, 26, 22, 18, 14, 10, 6, 1},
         /* +-1 3 5 7 9 11 13 15 */
         [SM_TABLE_IQ3_S] = {17, 19, 21, 23, 25, 27, 29, 31, 15, 13, 11, 9, 7, 5, 3, 1},
         /* +-8 25 43; grids have no fourth */
@@ -89,6 +89,9 @@ static inline int sm_layout_bits(struct sm_layout f) {
     return f.table == SM_TABLE_NONE ? f.low + f.high : __builtin_ctz((unsigned)f.bias) + 1;
 }
 
+/* Whether panels keep scales of sub-blocks. */
+static inline bool sm_layout_has_scales(struct sm_layout f) { return f.scales >= SM_SCALES_BYTES; }
+
 #define SM_SLAB 32 /* columns */
 
 /* One block of an integer format taken apart, its stored codes as panels keep them (kernels/panels.h): in
@@ -97,7 +100,7 @@ static inline int sm_layout_bits(struct sm_layout f) {
  * b n .. b n + b - 1. */
 struct sm_parts {
     uint16_t d, m;              /* d as the layout says, m float16; m is 0 without mins */
-    uint8_t scale[16], min[16]; /* [block / sub]; NIBBLES: scale holds both; NONE: undefined */
+    uint8_t scale[16], min[16]; /* [block / sub]; NIBBLES: scale holds both; NONE, ONES: undefined */
     uint32_t plane[48];         /* [block / 32][low + high] */
 };
 

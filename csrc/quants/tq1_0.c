@@ -27,7 +27,6 @@ static inline void take(const struct block *b, struct sm_parts *p) {
     split(b->four, 4, 4, code + 240);
     p->d = sm_u16_at(b->d);
     p->m = 0;
-    memset(p->scale, 1, sizeof p->scale);
     sm_place_codes(code, 2, 0, p->plane);
 }
 SM_DEFINE_PARTS(tq1_0)

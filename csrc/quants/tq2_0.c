@@ -10,7 +10,6 @@ _Static_assert(sizeof(struct block) == 66, "as in quants.def");
 static inline void take(const struct block *b, struct sm_parts *p) {
     p->d = sm_u16_at(b->d);
     p->m = 0;
-    memset(p->scale, 1, sizeof p->scale);
     for (int h = 0; h < 2; h++) sm_transpose(b->codes + 32 * h, 2, p->plane + 8 * h, 2);
 }
 SM_DEFINE_PARTS(tq2_0)

@@ -281,13 +281,13 @@ static void ref_prepare(enum sm_act act, struct sm_acts *a, size_t row, const fl
             a->q[row * a->stride + i] = (int8_t)code;
             total += (int)code;
             if (act == SM_ACT_Q8_256 && i % 16 == 15) {
-                a->sum[(row * a->k_pad + i) / 16] = total;
+                a->sum[(row * a->k_pad + i) / 16] = (int16_t)total;
                 total = 0;
             }
         }
         if (act != SM_ACT_F32) a->d[block] = d;
         if (act == SM_ACT_Q8_32) {
-            a->sum[block] = total;
+            a->sum[block] = (int16_t)total;
             a->s[block] = d * (float)total;
         }
     }
@@ -303,7 +303,7 @@ static void compare_acts(const char *tier, enum sm_act act, const struct sm_acts
     }
     compare_bytes(tier, "q", got->q + row * got->stride, want->q + row * want->stride, k);
     compare(tier, "d", got->d + row * n_blocks, want->d + row * n_blocks, n_blocks);
-    compare_bytes(tier, "sum", got->sum + row * n_sums, want->sum + row * n_sums, n_sums * 4);
+    compare_bytes(tier, "sum", got->sum + row * n_sums, want->sum + row * n_sums, n_sums * 2);
     if (act == SM_ACT_Q8_32)
         compare(tier, "s", got->s + row * n_blocks, want->s + row * n_blocks, n_blocks);
 }
@@ -355,7 +355,7 @@ struct block {
 /* The values that formats list. */
 static const int iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 static const int fp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-static const int iq3_xxs[8] = {4, 12, 20, 28, 36, 44, 52, 62}, iq2[3] = {8, 25, 43};
+static const int iq3_xxs[8] = {2, 6, 10, 14, 18, 22, 26, 31}, iq2[3] = {8, 25, 43};
 
 static uint32_t word_at(const uint8_t *p, int n) { /* n bytes, the lowest first */
     uint32_t word = 0;
@@ -372,7 +372,7 @@ static int sign_of(uint32_t seven, int i) {
 /* Formats of grids: entry, sign and scale of each value. */
 static void read_grid_block(enum sm_type t, const uint8_t *p, struct block *b) {
     b->group = t == SM_TYPE_IQ1_S || t == SM_TYPE_IQ1_M || t == SM_TYPE_IQ3_S ? 256 : 64;
-    b->d *= t == SM_TYPE_IQ3_S ? 1.0f : t == SM_TYPE_IQ3_XXS ? 0.25f : 0.125f;
+    b->d *= t == SM_TYPE_IQ3_S ? 1.0f : t == SM_TYPE_IQ3_XXS ? 0.5f : 0.125f;
     for (int i = 0; i < 256; i++) {
         int eight = i / 8, four = i / 4, scale = 0, less;
         uint32_t word;

@@ -79,7 +79,7 @@ INLINE void integer_panels(const struct sm_matmul *m, struct sm_layout f) {
                     }
                     if (f.mins && plain) acc = sm_fma(-c.m, a->s[at], acc);
                     if (f.mins && !plain) {
-                        const int32_t *sum = a->sum + at * n_sums; /* [16] */
+                        const int16_t *sum = a->sum + at * n_sums; /* [16] */
                         for (int i = 0; i < 16; i++) msum += c.min[i * 16 / f.sub] * sum[i];
                         acc = sm_fma((float)msum, -(c.m * d), acc);
                     }

@@ -15,10 +15,10 @@ static bool quantize(int8_t *q, float *d, const float *x, size_t n, size_t size)
     return sm_quantize(q, 1, d, x, n);
 }
 
-static int32_t sum_codes(const int8_t *q, size_t n) {
-    int32_t sum = 0;
+static int16_t sum_codes(const int8_t *q, size_t n) {
+    int sum = 0;
     for (size_t i = 0; i < n; i++) sum += q[i];
-    return sum;
+    return (int16_t)sum;
 }
 
 bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
@@ -37,7 +37,7 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
 bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 256;
     int8_t *q = a->q + row * a->stride;
-    int32_t *sum = a->sum + row * (a->k_pad / 16);
+    int16_t *sum = a->sum + row * (a->k_pad / 16);
     for (size_t b = 0; b < n_blocks; b++) {
         if (!quantize(q + 256 * b, a->d + row * n_blocks + b, x + 256 * b,
                       SM_MIN(256, a->k - 256 * b), 256))

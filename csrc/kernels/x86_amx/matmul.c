@@ -243,7 +243,9 @@ struct scaled_scratch {
 };
 
 /* One plane is enough where all products fit 7 bits. */
-INLINE bool one_plane(struct sm_layout f) { return f.scales == SM_SCALES_NIBBLES && f.low == 2; }
+INLINE bool one_plane(struct sm_layout f) {
+    return f.scales == SM_SCALES_ONES || (f.scales == SM_SCALES_NIBBLES && f.low == 2);
+}
 
 /* Scale (and min) of sub-block s for the 16 rows of a block, as int32. */
 INLINE __m512i load_scales(struct sm_layout f, const uint8_t *block, int s, __m512i *min) {
@@ -281,11 +283,15 @@ INLINE void unpack_scaled(struct sm_layout f, struct scaled_codes *to, const uin
             }
             unpack_slab(f, codes, block + sm_layout_codes(f) + (size_t)slab * sm_layout_slab(f));
             for (int g = 0; g < 8; g++) {
+                const size_t at = (b * 64 + (size_t)slab * 8 + (size_t)g) * 64;
                 const __m512i x = _mm512_loadu_si512(codes + 64 * g), by = scale[g * per_slab / 8];
+                if (f.scales == SM_SCALES_ONES) {
+                    _mm512_store_si512(to->low + at, x);
+                    continue;
+                }
                 __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), odd = _mm512_srai_epi16(x, 8);
                 even = _mm512_mullo_epi16(even, by);
                 odd = _mm512_mullo_epi16(odd, by);
-                const size_t at = (b * 64 + (size_t)slab * 8 + (size_t)g) * 64;
                 if (one_plane(f)) {
                     _mm512_store_si512(to->low + at, _mm512_or_si512(even, _mm512_slli_epi16(odd, 8)));
                     continue;
@@ -309,10 +315,10 @@ INLINE void pair_sums(struct sm_layout f, const struct sm_matmul *m, size_t n_to
                       size_t n_b, int32_t *pairs) {
     const size_t n = n_b * 256 / 16; /* sums of 16 columns of a token */
     for (size_t t = 0; t < n_tokens; t++, pairs += SCALED_COLUMNS / 32) {
-        const int32_t *sum = m->acts->sum + (m->first + t) * (m->acts->k_pad / 16) + b * 16;
+        const int16_t *sum = m->acts->sum + (m->first + t) * (m->acts->k_pad / 16) + b * 16;
         for (size_t i = 0, step = (size_t)f.sub / 8; i < n; i += step) {
-            int32_t low = step == 2 ? sum[i] : sum[i] + sum[i + 1];
-            int32_t high = step == 2 ? sum[i + 1] : sum[i + 2] + sum[i + 3];
+            int low = step == 2 ? sum[i] : sum[i] + sum[i + 1];
+            int high = step == 2 ? sum[i + 1] : sum[i + 2] + sum[i + 3];
             pairs[i / step] = (int32_t)((uint32_t)high << 16 | ((uint32_t)low & 0xffff));
         }
     }

@@ -6,14 +6,15 @@
  * the sign trick: |w| as the unsigned operand, the activation with w's sign; 2 * 128 * 127 still
  * fits.
  *
- * One token runs four halves wide on the packed bytes.  More unpack a panel into scratch, COLUMNS
- * columns (32 KB) at a time, and use it for all of them in tiles of one half x 4, 2 or 1; longer rows
- * carry their sums in `out`. */
+ * One token runs four halves wide on the packed bytes.  More unpack a panel into scratch, TILE_COLUMNS
+ * columns (in L1) at a time, and use it for all of them in tiles of 4, 2 or 1; longer rows carry
+ * their sums in `out`. */
 #include "matmul.h"
 
 #include "../tier.h"
 
 #define TILE_TOKENS 4
+#define TILE_COLUMNS 1024
 #define MAX_HALVES 4
 
 /* ---- codes ------------------------------------------------------------------------------------------------- */
@@ -33,25 +34,47 @@ INLINE __m256i pairs_of(struct sm_layout f, __m256i codes, __m256i q) {
 
 /* ---- tiles ------------------------------------------------------------------------------------------------- */
 
-/* Some blocks of n_t tokens against one half of a panel. */
+/* Some blocks of n_t tokens against a panel. */
 struct tile {
-    const uint8_t *panel;    /* at the first block to do, and at this half's d */
-    const uint8_t *codes;    /* this half's: [8][64] of each slab, slab_step apart */
+    const uint8_t *panel;    /* at the first block to do */
+    const uint8_t *codes;    /* [8][64] of each slab, slab_step apart */
     size_t slab_step, n_blocks;
     const int8_t *q;         /* [n_t][stride] */
     const float *d, *s;      /* [n_t][row_blocks] */
-    const int32_t *sum;      /* [n_t][row_sums] */
-    size_t stride, row_blocks, row_sums;
-    int half;                /* 0 or 1 */
-    float *out;              /* [n_t][ld], HALF columns */
+    size_t stride, row_blocks;
+    float *out;              /* [n_t][ld] */
     size_t ld;
     bool carry;              /* starts from out instead of zero */
+    /* From the sums of q over a sub-block (32 columns at most): */
+    int32_t seed[TILE_TOKENS][TILE_COLUMNS / 32];  /* formats of one scale: -bias * sum */
+    int32_t pairs[TILE_TOKENS][TILE_COLUMNS / 32]; /* others: neighbours as two int16 */
 };
 
-/* Keeps a sum a chain.  GCC otherwise makes trees of sums of integers, and needs a register for each leaf. */
-#define KEEP(v) __asm__("" : "+x"(v))
+/* Adds to a sum where it stands.  Left alone, GCC makes trees of sums of integers, and needs a register
+ * for each leaf. */
+INLINE void add16(__m256i *sum, __m256i x) { __asm__("vpaddw %1, %0, %0" : "+x"(*sum) : "x"(x)); }
+INLINE void add32(__m256i *sum, __m256i x) { __asm__("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(x)); }
 
-/* sum of code * q over n_groups groups, widened by `factor` (int16 in both halves of each int32). */
+/* Fills seed or pairs from sum, [n_t][row_sums] from the first block on. */
+INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int16_t *sum, size_t row_sums) {
+    const size_t n = a->n_blocks * (f.block == 32 ? 1 : 16);
+    for (int t = 0; t < n_t; t++, sum += row_sums) {
+        if (f.block == 32)
+            for (size_t i = 0; i < n; i++) a->seed[t][i] = -f.bias * sum[i];
+        else if (f.sub == 16)
+            memcpy(a->pairs[t], sum, n * sizeof *sum);
+        else
+            for (size_t i = 0; i < n; i += 16) { /* |sum| over 32 columns still fits */
+                __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(sum + i));
+                x = _mm256_madd_epi16(x, _mm256_set1_epi16(1));
+                x = _mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0xD8);
+                _mm_storeu_si128((__m128i *)(a->pairs[t] + i / 4), _mm256_castsi256_si128(x));
+            }
+    }
+}
+
+/* sum of code * q over n_groups groups of one half, widened by `factor` (int16 in both halves of each
+ * int32). */
 INLINE void add_groups(struct sm_layout f, int n_t, int n_groups, const uint8_t *codes,
                        const int8_t *q, size_t stride, __m256i factor, __m256i isum[TILE_TOKENS]) {
     const int steps = SM_MIN(steps_of(f), n_groups);
@@ -61,84 +84,85 @@ INLINE void add_groups(struct sm_layout f, int n_t, int n_groups, const uint8_t 
             __m256i w = _mm256_loadu_si256((const __m256i *)(codes + SM_GROUP_BYTES * g));
             for (int t = 0; t < n_t; t++) {
                 __m256i p = pairs_of(f, w, broadcast4(q + (size_t)t * stride + 4 * g));
-                pairs[t] = g == first ? p : _mm256_add_epi16(pairs[t], p);
-                KEEP(pairs[t]);
+                if (g == first) pairs[t] = p;
+                else add16(&pairs[t], p);
             }
         }
-        for (int t = 0; t < n_t; t++) {
-            isum[t] = _mm256_add_epi32(isum[t], _mm256_madd_epi16(pairs[t], factor));
-            KEEP(isum[t]);
-        }
+        for (int t = 0; t < n_t; t++) add32(&isum[t], _mm256_madd_epi16(pairs[t], factor));
     }
 }
 
 /* Formats of one scale per 32 columns. */
-INLINE void plain_tile(struct sm_layout f, int n_t, const struct tile *a, __m256 *acc) {
+INLINE void plain_tile(struct sm_layout f, int n_t, int half, const struct tile *a, __m256 *acc) {
     for (size_t b = 0; b < a->n_blocks; b++) {
-        const uint8_t *block = a->panel + b * sm_layout_bytes(f);
+        const uint8_t *d = a->panel + b * sm_layout_bytes(f) + 2 * HALF * half;
         __m256i isum[TILE_TOKENS];
         for (int t = 0; t < n_t; t++) {
             isum[t] = _mm256_setzero_si256();
-            if (f.bias != 0 && sm_layout_bits(f) < 8)
-                isum[t] = _mm256_set1_epi32(-f.bias * a->sum[t * a->row_sums + b]);
+            if (f.bias != 0 && sm_layout_bits(f) < 8) isum[t] = _mm256_set1_epi32(a->seed[t][b]);
         }
-        add_groups(f, n_t, 8, a->codes + b * a->slab_step, a->q + SM_SLAB * b, a->stride,
+        add_groups(f, n_t, 8, a->codes + b * a->slab_step + 32 * half, a->q + SM_SLAB * b, a->stride,
                    _mm256_set1_epi16(1), isum);
-        __m256 dw = load_d(f, block);
+        __m256 dw = load_d(f, d);
         for (int t = 0; t < n_t; t++) {
-            size_t at = t * a->row_blocks + b;
+            size_t at = (size_t)t * a->row_blocks + b;
             __m256 scale = _mm256_mul_ps(dw, _mm256_set1_ps(a->d[at]));
             acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum[t]), scale, acc[t]);
-            if (f.mins)
-                acc[t] = _mm256_fmadd_ps(load_f16(block + 2 * ROWS), _mm256_set1_ps(a->s[at]), acc[t]);
+            if (f.mins) acc[t] = _mm256_fmadd_ps(load_f16(d + 2 * ROWS), _mm256_set1_ps(a->s[at]), acc[t]);
         }
     }
 }
 
 /* Formats of 256 columns with integer scales. */
-INLINE void scaled_tile(struct sm_layout f, int n_t, const struct tile *a, __m256 *acc) {
-    const int n_sub = f.block / f.sub, group_subs = f.group / f.sub;
+INLINE void scaled_tile(struct sm_layout f, int n_t, int half, const struct tile *a, __m256 *acc) {
+    const int n_sub = f.block / f.sub, group_subs = f.group / f.sub, n_pairs = n_sub / 2;
+    const int subs = f.scales == SM_SCALES_ONES ? 2 : 1; /* that can be summed at once */
     for (size_t b = 0; b < a->n_blocks; b++) {
-        const uint8_t *block = a->panel + b * sm_layout_bytes(f) - 2 * HALF * a->half;
-        const uint8_t *codes = a->codes + 64 * b * SM_GROUP_BYTES;
-        __m256 dw = load_d(f, block + 2 * HALF * a->half);
+        const uint8_t *block = a->panel + b * sm_layout_bytes(f);
+        const uint8_t *codes = a->codes + 64 * b * SM_GROUP_BYTES + 32 * half;
+        const int8_t *q = a->q + 256 * b;
+        __m256 dw = load_d(f, block + 2 * HALF * half), scale_of[TILE_TOKENS];
+        for (int t = 0; t < n_t; t++)
+            scale_of[t] = _mm256_mul_ps(dw, _mm256_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
 #pragma GCC unroll 1
         for (int first = 0; first < n_sub; first += group_subs) {
             __m256i isum[TILE_TOKENS];
             for (int t = 0; t < n_t; t++) isum[t] = _mm256_setzero_si256();
-            for (int s = first; s < first + group_subs; s++) {
-                __m256i scale = load_scales(f, block, a->half, s);
-                add_groups(f, n_t, f.sub / 4, codes + s * (f.sub / 4) * SM_GROUP_BYTES,
-                           a->q + 256 * b + (size_t)(s * f.sub), a->stride, pair_up(scale, scale),
-                           isum);
-                if (f.bias == 0 || sm_layout_bits(f) == 8 || s % 2 == 0) continue;
-                /* biased formats have sub == 16: take bias * scale * sum off for two at once */
-                __m256i two = pair_up(load_scales(f, block, a->half, s - 1), scale);
+#pragma GCC unroll 1
+            for (int s = first; s < first + group_subs; s += 2) {
+                __m256i scale[2];
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i += subs) {
+                    scale[i] = load_scales(f, block, half, s + i);
+                    scale[i + subs - 1] = scale[i];
+                    add_groups(f, n_t, subs * f.sub / 4, codes + (s + i) * (f.sub / 4) * SM_GROUP_BYTES,
+                               q + (size_t)((s + i) * f.sub), a->stride, pair_up(scale[i], scale[i]), isum);
+                }
+                if (f.bias == 0 || sm_layout_bits(f) == 8) continue;
+                /* take bias * scale * sum off for two at once */
+                __m256i two = _mm256_slli_epi16(pair_up(scale[0], scale[1]), __builtin_ctz(f.bias));
                 for (int t = 0; t < n_t; t++) {
-                    __m256i sums = sum_pair(a->sum + t * a->row_sums + 16 * b, s - 1);
-                    __m256i off = _mm256_slli_epi32(_mm256_madd_epi16(two, sums), __builtin_ctz(f.bias));
-                    isum[t] = _mm256_sub_epi32(isum[t], off);
+                    __m256i sums = _mm256_set1_epi32(a->pairs[t][b * (size_t)n_pairs + (size_t)s / 2]);
+                    isum[t] = _mm256_sub_epi32(isum[t], _mm256_madd_epi16(two, sums));
                 }
             }
-            for (int t = 0; t < n_t; t++) {
-                __m256 scale = _mm256_mul_ps(dw, _mm256_set1_ps(a->d[t * a->row_blocks + b]));
-                acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum[t]), scale, acc[t]);
-            }
+            for (int t = 0; t < n_t; t++)
+                acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum[t]), scale_of[t], acc[t]);
         }
         if (!f.mins) continue;
         __m256i msum[TILE_TOKENS];
         for (int t = 0; t < n_t; t++) msum[t] = _mm256_setzero_si256();
-        for (int i = 0; i < 16; i += 2) {
-            __m256i two = pair_up(load_mins(f, block, a->half, i * 16 / f.sub),
-                                  load_mins(f, block, a->half, (i + 1) * 16 / f.sub));
+#pragma GCC unroll 1
+        for (int i = 0; i < n_pairs; i++) {
+            __m256i two = pair_up(load_mins(f, block, half, 2 * i), load_mins(f, block, half, 2 * i + 1));
             for (int t = 0; t < n_t; t++) {
-                __m256i sums = sum_pair(a->sum + t * a->row_sums + 16 * b, i);
-                msum[t] = _mm256_add_epi32(msum[t], _mm256_madd_epi16(two, sums));
+                __m256i sums = _mm256_set1_epi32(a->pairs[t][b * (size_t)n_pairs + (size_t)i]);
+                add32(&msum[t], _mm256_madd_epi16(two, sums));
             }
         }
-        __m256 dmin = load_f16(block + 2 * ROWS + 2 * HALF * a->half);
+        __m256 dmin = load_f16(block + 2 * ROWS + 2 * HALF * half);
         for (int t = 0; t < n_t; t++) {
-            __m256 scale = _mm256_mul_ps(dmin, _mm256_set1_ps(a->d[t * a->row_blocks + b]));
+            __m256 scale = _mm256_mul_ps(dmin, _mm256_set1_ps(a->d[(size_t)t * a->row_blocks + b]));
             acc[t] = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(msum[t]), scale, acc[t]);
         }
     }
@@ -146,53 +170,50 @@ INLINE void scaled_tile(struct sm_layout f, int n_t, const struct tile *a, __m25
 
 /* ---- panels ------------------------------------------------------------------------------------------------ */
 
-/* Tokens t .. t + n_t - 1 of m against one half of a panel, n_blocks blocks from `first` on. */
-INLINE void run_tile(struct sm_layout f, int n_t, const struct sm_matmul *m, size_t panel, int half,
-                     size_t t, size_t first, size_t n_blocks) {
+/* Tokens t .. t + n_t - 1 of m against a panel, n_blocks blocks from `first` on: one half after the
+ * other, for which the activations are then in L1. */
+INLINE void run_tile(struct sm_layout f, int n_t, const struct sm_matmul *m, size_t panel, size_t t,
+                     size_t first, size_t n_blocks) {
     const struct sm_acts *acts = m->acts;
     const size_t sums = f.block == 32 ? 1 : 16; /* activation sums of a block */
-    struct tile a = {.slab_step = 8 * SM_GROUP_BYTES, .n_blocks = n_blocks, .stride = acts->stride,
-                     .row_blocks = acts->k_pad / (size_t)f.block, .half = half, .ld = m->ld,
-                     .carry = first != 0};
+    struct tile a;
+    a.n_blocks = n_blocks;
+    a.stride = acts->stride;
+    a.row_blocks = acts->k_pad / (size_t)f.block;
+    a.ld = m->ld;
+    a.carry = first != 0;
     size_t row = m->first + t, at = row * a.row_blocks + first;
-    const uint8_t *blocks = m->panels + panel * m->panel_bytes + first * sm_layout_bytes(f);
-    a.panel = blocks + 2 * HALF * half;
-    a.codes = (const uint8_t *)m->scratch + 32 * half;
-    if (f.low == 8) { /* need no unpacking */
-        a.codes = blocks + sm_layout_codes(f) + 32 * half;
-        a.slab_step = sm_layout_bytes(f);
-    }
-    a.row_sums = a.row_blocks * sums;
+    a.panel = m->panels + panel * m->panel_bytes + first * sm_layout_bytes(f);
+    a.codes = f.low == 8 ? a.panel + sm_layout_codes(f) : m->scratch; /* 8 bits need no unpacking */
+    a.slab_step = f.low == 8 ? sm_layout_bytes(f) : 8 * SM_GROUP_BYTES;
     a.q = acts->q + row * a.stride + first * (size_t)f.block;
     a.d = acts->d + at;
     a.s = f.block == 32 ? acts->s + at : NULL;
-    a.sum = acts->sum + at * sums;
-    a.out = m->out + t * m->ld + panel * ROWS + half * HALF;
-    __m256 acc[TILE_TOKENS];
-    for (int i = 0; i < n_t; i++)
-        acc[i] = a.carry ? _mm256_loadu_ps(a.out + i * a.ld) : _mm256_setzero_ps();
-    if (f.scales == SM_SCALES_NONE)
-        plain_tile(f, n_t, &a, acc);
-    else
-        scaled_tile(f, n_t, &a, acc);
-    for (int i = 0; i < n_t; i++) _mm256_storeu_ps(a.out + i * a.ld, acc[i]);
+    a.out = m->out + t * m->ld + panel * ROWS;
+    prepare_sums(f, n_t, &a, acts->sum + at * sums, a.row_blocks * sums);
+#pragma GCC unroll 1
+    for (int half = 0; half < 2; half++) {
+        float *out = a.out + half * HALF;
+        __m256 acc[TILE_TOKENS];
+        for (int i = 0; i < n_t; i++)
+            acc[i] = a.carry ? _mm256_loadu_ps(out + (size_t)i * a.ld) : _mm256_setzero_ps();
+        if (f.scales == SM_SCALES_NONE)
+            plain_tile(f, n_t, half, &a, acc);
+        else
+            scaled_tile(f, n_t, half, &a, acc);
+        for (int i = 0; i < n_t; i++) _mm256_storeu_ps(out + (size_t)i * a.ld, acc[i]);
+    }
 }
 
-INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t panel) {
-    const size_t block = (size_t)f.block, all = m->acts->k_pad / block, n = m->n_tokens;
-    const size_t most = COLUMNS / block;
-    for (size_t b = 0; b < all; b += most) {
-        size_t n_b = SM_MIN(all - b, most);
-        if (f.low < 8)
-            unpack(f, m->scratch, m->panels + panel * m->panel_bytes, b * block / SM_SLAB,
-                   n_b * block / SM_SLAB);
-        for (int half = 0; half < 2; half++) {
-            size_t t = 0;
-            for (; t + 4 <= n; t += 4) run_tile(f, 4, m, panel, half, t, b, n_b);
-            for (; t + 2 <= n; t += 2) run_tile(f, 2, m, panel, half, t, b, n_b);
-            if (t < n) run_tile(f, 1, m, panel, half, t, b, n_b);
-        }
-    }
+/* n_b blocks of one panel from b on. */
+INLINE void run_panel(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t b, size_t n_b) {
+    const size_t slabs = (size_t)f.block / SM_SLAB, n = m->n_tokens;
+    if (f.low < 8)
+        unpack(f, m->scratch, m->panels + panel * m->panel_bytes, b * slabs, n_b * slabs);
+    size_t t = 0;
+    for (; t + 4 <= n; t += 4) run_tile(f, 4, m, panel, t, b, n_b);
+    for (; t + 2 <= n; t += 2) run_tile(f, 2, m, panel, t, b, n_b);
+    if (t < n) run_tile(f, 1, m, panel, t, b, n_b);
 }
 
 /* sum of code * q over groups first .. first + n_groups - 1 of a slab, widened by `factor`. */
@@ -228,7 +249,7 @@ INLINE __m256 plain_block(struct sm_layout f, const struct sm_acts *a, size_t at
 INLINE __m256 scaled_block(struct sm_layout f, const struct sm_acts *a, size_t at, const uint8_t *block,
                            int side, const int8_t *q, __m256 acc) {
     const int slab_subs = SM_SLAB / f.sub, n_slabs = f.block / SM_SLAB;
-    const int32_t *sum = a->sum + 16 * at;
+    const int16_t *sum = a->sum + 16 * at;
     const __m256 d = _mm256_set1_ps(a->d[at]);
     const __m256 scale = _mm256_mul_ps(load_d(f, block + 2 * HALF * side), d);
     __m256i isum = _mm256_setzero_si256();
@@ -243,8 +264,8 @@ INLINE __m256 scaled_block(struct sm_layout f, const struct sm_acts *a, size_t a
                                                      pair_up(factor, factor)));
             if (f.bias != 0 && sm_layout_bits(f) < 8 && s == 1) { /* biased formats have sub == 16 */
                 __m256i sums = sum_pair(sum, 2 * i);
-                __m256i off = _mm256_madd_epi16(pair_up(before, factor), sums);
-                isum = _mm256_sub_epi32(isum, _mm256_slli_epi32(off, __builtin_ctz(f.bias)));
+                __m256i two = _mm256_slli_epi16(pair_up(before, factor), __builtin_ctz(f.bias));
+                isum = _mm256_sub_epi32(isum, _mm256_madd_epi16(two, sums));
             }
             before = factor;
         }
@@ -293,7 +314,10 @@ INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
         if (h < n) run_one(f, m, n - MAX_HALVES);
         return;
     }
-    for (size_t p = 0; p < m->n_panels; p++) run_panel(f, m, p);
+    /* Columns outside, panels inside: so much of the activations stays in L2. */
+    const size_t all = m->acts->k_pad / (size_t)f.block, most = TILE_COLUMNS / (size_t)f.block;
+    for (size_t b = 0; b < all; b += most)
+        for (size_t p = 0; p < m->n_panels; p++) run_panel(f, m, p, b, SM_MIN(all - b, most));
 }
 
 #define SM_CODES(NAME, name, ...)                              \

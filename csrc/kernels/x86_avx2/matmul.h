@@ -93,12 +93,13 @@ INLINE __m256 load_d(struct sm_layout f, const uint8_t *p) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
     __m256 d = load_f16(p);
-    if (f.d == SM_D_FOURTH) return _mm256_mul_ps(d, _mm256_set1_ps(0.25f));
-    return f.d == SM_D_EIGHTH ? _mm256_mul_ps(d, _mm256_set1_ps(0.125f)) : d;
+    if (f.d == SM_D_HALVES) return _mm256_mul_ps(d, _mm256_set1_ps(0.5f));
+    return f.d == SM_D_EIGHTHS ? _mm256_mul_ps(d, _mm256_set1_ps(0.125f)) : d;
 }
 
 /* Scale and min of sub-block s for this half's rows of a block, as int32. */
 INLINE __m256i load_scales(struct sm_layout f, const uint8_t *block, int half, int s) {
+    if (f.scales == SM_SCALES_ONES) return _mm256_set1_epi32(1);
     const uint8_t *p = block + sm_layout_scales(f) + s * ROWS + half * HALF;
     __m128i bytes = _mm_loadl_epi64((const __m128i *)p);
     if (f.scales == SM_SCALES_NIBBLES) bytes = _mm_and_si128(bytes, _mm_set1_epi8(15));
@@ -115,9 +116,11 @@ INLINE __m256i load_mins(struct sm_layout f, const uint8_t *block, int half, int
 INLINE __m256i pair_up(__m256i low, __m256i high) {
     return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xAA);
 }
-/* The activation sums of 16 columns i and i + 1 as a pair of int16. */
-INLINE __m256i sum_pair(const int32_t *sum, int i) {
-    return _mm256_set1_epi32((int)((uint16_t)sum[i] | (uint32_t)sum[i + 1] << 16));
+/* The activation sums of 16 columns i and i + 1 as a pair. */
+INLINE __m256i sum_pair(const int16_t *sum, int i) {
+    int32_t two;
+    memcpy(&two, sum + i, 4);
+    return _mm256_set1_epi32(two);
 }
 
 #endif

@@ -72,7 +72,7 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
                                     _mm256_extracti128_si256(four, 1));
         int32_t sum = _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2);
         a->d[at + b] = d;
-        a->sum[at + b] = sum;
+        a->sum[at + b] = (int16_t)sum;
         a->s[at + b] = d * (float)sum;
     }
     return largest < 0x7f800000;
@@ -80,7 +80,8 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
 
 bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
     size_t n_blocks = a->k_pad / 256;
-    int32_t largest = 0, *sum = a->sum + row * (a->k_pad / 16);
+    int32_t largest = 0;
+    int16_t *sum = a->sum + row * (a->k_pad / 16);
     for (size_t b = 0; b < n_blocks; b++) {
         __m256i max = _mm256_setzero_si256();
         for (size_t i = 256 * b; i < 256 * b + 256; i += 8)
@@ -93,8 +94,8 @@ bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
             __m256i codes = quantize32(x, i, a->k, id), four = sums8(codes);
             _mm256_storeu_si256((__m256i *)(a->q + row * a->stride + i), codes);
             __m256i two = _mm256_add_epi64(four, _mm256_shuffle_epi32(four, 0x4e));
-            sum[i / 16] = _mm256_extract_epi32(two, 0);
-            sum[i / 16 + 1] = _mm256_extract_epi32(two, 4);
+            sum[i / 16] = (int16_t)_mm256_extract_epi16(two, 0);
+            sum[i / 16 + 1] = (int16_t)_mm256_extract_epi16(two, 8);
         }
     }
     return largest < 0x7f800000;

@@ -89,19 +89,19 @@ struct tile {
 
 /* Fills seed and pairs from sum, [n_t][row_sums] from the first block on: one per 32 columns in
  * formats of one scale, else one per 16. */
-INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int32_t *sum,
+INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int16_t *sum,
                          size_t row_sums) {
     const size_t n = a->n_blocks * (f.block == 32 ? 1 : 16);
     for (int t = 0; t < n_t; t++)
         for (size_t i = 0; i < n; i += 16) {
             __mmask16 there = (__mmask16)(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
-            __m512i x = _mm512_maskz_loadu_epi32(there, sum + (size_t)t * row_sums + i);
+            __m256i words = _mm256_maskz_loadu_epi16(there, sum + (size_t)t * row_sums + i);
             if (f.bias != 0) {
+                __m512i x = _mm512_cvtepi16_epi32(words);
                 __m512i scaled = _mm512_slli_epi32(x, (unsigned)__builtin_ctz((unsigned)f.bias));
                 _mm512_storeu_si512(a->seed[t] + i, _mm512_sub_epi32(_mm512_setzero_si512(), scaled));
             }
             if (f.scales == SM_SCALES_NONE || !f.mins) continue;
-            __m256i words = _mm512_cvtepi32_epi16(x);
             if (f.sub == 16) {
                 _mm256_storeu_si256((__m256i *)(a->pairs[t] + i / 2), words);
             } else { /* sums over 32 columns: |sum| <= 32 * 127 still fits */
@@ -201,6 +201,7 @@ INLINE void plain_packed_tile(struct sm_layout f, int n_p, int n_t, const struct
 
 /* Scale (below) and min of sub-block s for the 16 rows of a block, as int32. */
 INLINE __m512i load_scales(struct sm_layout f, const uint8_t *block, int s) {
+    if (f.scales == SM_SCALES_ONES) return _mm512_set1_epi32(1);
     __m128i bytes = _mm_loadu_si128((const __m128i *)(block + sm_layout_scales(f) + s * ROWS));
     if (f.scales == SM_SCALES_NIBBLES) bytes = _mm_and_si128(bytes, _mm_set1_epi8(15));
     return _mm512_cvtepi8_epi32(bytes);

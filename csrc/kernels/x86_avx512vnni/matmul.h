@@ -28,8 +28,8 @@ static inline __attribute__((always_inline)) __m512 sm_load_d(struct sm_layout f
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
     __m512 d = sm_load_f16(p);
-    if (f.d == SM_D_FOURTH) return _mm512_mul_ps(d, _mm512_set1_ps(0.25f));
-    return f.d == SM_D_EIGHTH ? _mm512_mul_ps(d, _mm512_set1_ps(0.125f)) : d;
+    if (f.d == SM_D_HALVES) return _mm512_mul_ps(d, _mm512_set1_ps(0.5f));
+    return f.d == SM_D_EIGHTHS ? _mm512_mul_ps(d, _mm512_set1_ps(0.125f)) : d;
 }
 
 #endif

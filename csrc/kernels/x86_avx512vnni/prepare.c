@@ -81,7 +81,7 @@ INLINE void prepare_eight(struct sm_acts *a, size_t at, int8_t *q, const float *
     }
     __m256i sum = fold_sum(v);
     _mm256_storeu_ps(a->d + at, d);
-    _mm256_storeu_si256((__m256i *)(a->sum + at), sum);
+    _mm_storeu_si128((__m128i *)(void *)(a->sum + at), _mm256_cvtepi32_epi16(sum));
     _mm256_storeu_ps(a->s + at, _mm256_mul_ps(d, _mm256_cvtepi32_ps(sum)));
 }
 
@@ -105,7 +105,7 @@ bool SM_NAME(sm_prepare_q8_32)(struct sm_acts *a, size_t row, const float *x) {
                                     _mm256_extracti128_si256(sums, 1));
         int32_t sum = _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2) - 32 * 128;
         a->d[at + b] = d;
-        a->sum[at + b] = sum;
+        a->sum[at + b] = (int16_t)sum;
         a->s[at + b] = d * (float)sum;
     }
     return largest < 0x7f800000;
@@ -144,7 +144,8 @@ bool SM_NAME(sm_prepare_q8_256)(struct sm_acts *a, size_t row, const float *x) {
         __m512 ids = _mm512_set1_ps(id);
         for (size_t i = 0; i < 256; i += 16)
             _mm_storeu_si128((__m128i *)(q + i), quantize(load(x, 256 * b + i, a->k), ids));
-        _mm512_storeu_si512(a->sum + row * (a->k_pad / 16) + 16 * b, sums16(q));
+        int16_t *sum = a->sum + row * (a->k_pad / 16) + 16 * b;
+        _mm256_storeu_si256((__m256i *)(void *)sum, _mm512_cvtepi32_epi16(sums16(q)));
     }
     return largest < 0x7f800000;
 }

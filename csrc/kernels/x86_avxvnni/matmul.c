@@ -41,16 +41,14 @@ struct tile {
 
 /* Fills seed and pairs from sum, [n_t][row_sums] from the first block on: one per 32 columns in
  * formats of one scale, else one per 16. */
-INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int32_t *sum,
+INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int16_t *sum,
                          size_t row_sums) {
     const bool mins = f.mins && f.scales != SM_SCALES_NONE;
     const size_t n = a->n_blocks * (f.block == 32 ? 1 : 16);
     for (int t = 0; t < n_t; t++, sum += row_sums) {
         for (size_t i = 0; f.bias != 0 && i < n; i++) a->seed[t][i] = -f.bias * sum[i];
         for (size_t i = 0; mins && i < n; i += 16) {
-            __m256i x = _mm256_packs_epi32(_mm256_loadu_si256((const __m256i *)(sum + i)),
-                                           _mm256_loadu_si256((const __m256i *)(sum + i + 8)));
-            x = _mm256_permute4x64_epi64(x, 0xD8);
+            __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(sum + i));
             if (f.sub == 16) {
                 _mm256_storeu_si256((__m256i *)(a->pairs[t] + i / 2), x);
             } else { /* sums over 32 columns: |sum| <= 32 * 127 still fits */
