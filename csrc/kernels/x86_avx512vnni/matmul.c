@@ -411,17 +411,21 @@ INLINE void run_single(struct sm_layout f, const struct sm_matmul *m) {
 /* n_t (1 or 2) tokens straight from the packed bytes. */
 INLINE void run_packed(struct sm_layout f, int n_t, const struct sm_matmul *m) {
     const size_t all = m->acts->k_pad / (size_t)f.block, most = TILE_COLUMNS / (size_t)f.block;
-    size_t p = 0, n = m->n_panels;
-    for (; p < n; p += n - p >= 4 ? 4 : n - p >= 2 ? 2 : 1)
+    for (size_t p = 0, n_p; p < m->n_panels; p += n_p) {
+        const size_t n = SM_MIN(m->n_panels - p, 4);
+        n_p = f.scales == SM_SCALES_NONE && n == 3 ? 2 : n;
         for (size_t b = 0; b < all; b += most) {
             size_t n_b = SM_MIN(all - b, most);
-            if (n - p >= 4)
+            if (f.scales != SM_SCALES_NONE) /* a loop over panels is as fast, and a third of the code */
+                run_tile(f, false, (int)n_p, n_t, m, p, 0, b, n_b);
+            else if (n_p == 4)
                 run_tile(f, false, 4, n_t, m, p, 0, b, n_b);
-            else if (n - p >= 2)
+            else if (n_p == 2)
                 run_tile(f, false, 2, n_t, m, p, 0, b, n_b);
             else
                 run_tile(f, false, 1, n_t, m, p, 0, b, n_b);
         }
+    }
 }
 
 /* 3 tokens to a few times TILE_TOKENS straight from the packed bytes, in tiles of about equal size. */
