@@ -59,7 +59,8 @@ static const struct sm_matrix *find_matrix(const struct opener *o, struct sm_str
     if (name.n <= 7) return NULL;
     name.n -= 7;
     for (size_t i = 0; i < m->n_matrices; i++)
-        if (sm_str_is(name, m->matrices[i].name)) return m->matrices[i].matrix;
+        if (m->matrices[i].n_experts == 0 && sm_str_is(name, m->matrices[i].name))
+            return m->matrices[i].matrix;
     return NULL;
 }
 

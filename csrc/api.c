@@ -200,6 +200,7 @@ int smallm_engine_open(const smallm_model *model, const smallm_engine_params *pa
     rc = judge_range("n_ctx", p.n_ctx, 0, info.n_ctx_train, " (the trained length)", err);
     if (rc == SMALLM_OK) rc = judge_range("kv_type", p.kv_type, 0, SMALLM_KV_Q8, "", err);
     if (rc == SMALLM_OK) rc = judge_range("timers", p.timers, 0, 1, "", err);
+    if (rc == SMALLM_OK) rc = judge_range("statistics", p.statistics, 0, 1, "", err);
     if (rc != SMALLM_OK) return rc;
     const char *timers = sm_env("SMALLM_TIMERS");
     if (timers != NULL && strcmp(timers, "1") == 0) p.timers = 1;
@@ -228,6 +229,14 @@ int smallm_engine_timer(smallm_engine *engine, size_t i, smallm_timer *out, smal
     smallm_timer timer = {.size = sizeof timer};
     if (!sm_engine_timer(engine, i, &timer)) return SMALLM_DONE;
     return sm_write_struct(out, &timer, sizeof timer, "smallm_timer", err);
+}
+
+int smallm_engine_statistic(smallm_engine *engine, size_t i, smallm_statistic *out, double *squares,
+                            uint64_t *counts, smallm_error *err) {
+    int rc = judge_engine(engine, err);
+    smallm_statistic statistic = {.size = sizeof statistic};
+    if (rc == SMALLM_OK) rc = sm_engine_statistic(engine, i, &statistic, squares, counts, err);
+    return rc == SMALLM_OK ? sm_write_struct(out, &statistic, sizeof statistic, "smallm_statistic", err) : rc;
 }
 
 static int judge_stops(const smallm_request_params *p, smallm_error *err) {

@@ -346,7 +346,8 @@ static void end(smallm_engine *e, smallm_request *r, int32_t finish,
                 const struct sm_sampled *sampled, size_t n_text, int code,
                 const smallm_error *err) {
     take_out(&e->active, r);
-    if (r->seq && code == SMALLM_OK && !r->embedding && sm_seq_length(r->seq) > 0) keep(e, r);
+    bool keeps = !e->params.observed && !r->embedding; /* observed texts run from their beginnings */
+    if (r->seq && code == SMALLM_OK && keeps && sm_seq_length(r->seq) > 0) keep(e, r);
     else sm_seq_free(e->session, r->seq);
     free_source(e, &r->source);
     r->seq = NULL;
@@ -506,7 +507,7 @@ static int begin(smallm_engine *e, smallm_request *r, const struct source *sourc
 
 /* Starts a request from a fork of the longest prefix that a kept or running sequence shares with
  * it; where there is an encoder, among those with the same source, which is shared, too.  Tokens
- * whose logits are wanted always run, as the prompt's last one does. */
+ * whose logits are wanted always run, as the prompt's last one does; where statistics are kept, all. */
 static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
     int32_t n_most = r->embedding ? 0 : r->logits ? r->n_skip : r->n_prompt - 1;
     for (;;) {
@@ -514,7 +515,7 @@ static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
         const struct sm_seq *from = NULL;
         int32_t n_best = r->source.n > 0 ? -1 : 0, n;
         int best_kept = -1;
-        for (smallm_request *o = e->active.first; o; o = o->next) {
+        for (smallm_request *o = e->active.first; o && !e->params.observed; o = o->next) {
             if (!o->seq || !same_adaptation(o->adaptation, r->adaptation) ||
                 !is_encoded(&o->source) || !same_source(&o->source, &r->source))
                 continue;
@@ -783,7 +784,8 @@ int sm_engine_open(const struct sm_model *model, const smallm_engine_params *par
                                            .n_batch = params->n_batch,
                                            .kv_type = params->kv_type,
                                            .memory_limit = params->memory_limit,
-                                           .timed = params->timers == 1};
+                                           .timed = params->timers == 1,
+                                           .observed = params->statistics == 1};
     e->prefill_cap = params->n_batch;
     rc = sm_session_new(model, &e->params, &e->session, err); /* judges n_batch: first */
     if (rc != SMALLM_OK) goto close;
@@ -845,6 +847,30 @@ bool sm_engine_timer(smallm_engine *e, size_t i, smallm_timer *out) {
     out->seconds = (double)e->timers.ns[i] * 1e-9;
     sm_lock_leave(e->lock);
     return true;
+}
+
+int sm_engine_statistic(smallm_engine *e, size_t i, smallm_statistic *out, double *squares,
+                        uint64_t *counts, smallm_error *err) {
+    const struct sm_statistics *s = sm_session_statistics(e->session);
+    if (s == NULL || i >= e->model->n_matrices) return SMALLM_DONE;
+    int rc = SMALLM_OK;
+    sm_lock_enter(e->lock); /* which every request passes before it runs */
+    if (e->info.n_running > 0)
+        rc = sm_fail(err, SMALLM_E_ARGUMENT, "%d requests run; statistics are told where none does",
+                     (int)e->info.n_running);
+    else if (s->torn)
+        rc = sm_fail(err, SMALLM_E_CANCELLED,
+                     "a forward pass broke off: the statistics are not of whole texts; open another engine");
+    if (rc == SMALLM_OK) {
+        const struct sm_sums *of = &s->of[i];
+        memcpy(out->name, e->model->matrices[i].name, sizeof out->name);
+        out->n_experts = (int32_t)of->n;
+        out->n_cols = (int32_t)of->k;
+        if (squares) memcpy(squares, of->squares, of->n * of->k * sizeof *squares);
+        if (counts) memcpy(counts, of->counts, of->n * sizeof *counts);
+    }
+    sm_lock_leave(e->lock);
+    return rc;
 }
 
 int64_t sm_engine_process(const smallm_engine *e) { return e->process; }

@@ -17,6 +17,9 @@ int sm_engine_open(const struct sm_model *model, const smallm_engine_params *par
 void sm_engine_close(smallm_engine *e);
 struct sm_engine_limits sm_engine_get_limits(const smallm_engine *e);
 bool sm_engine_timer(smallm_engine *e, size_t i, smallm_timer *out); /* false: past the last */
+/* squares, counts: NULL, or room for them.  SMALLM_DONE: past the last. */
+int sm_engine_statistic(smallm_engine *e, size_t i, smallm_statistic *out, double *squares,
+                        uint64_t *counts, smallm_error *err);
 void sm_engine_get_info(smallm_engine *e, smallm_engine_info *out);
 
 /* params: within the limits; the sampler judges params->sampling. */

@@ -143,12 +143,23 @@ static int bind_matrix(struct loader *l, const char *name, enum need need, size_
     return bind_matrices(l, name, need, 1, rows, k, out);
 }
 
-/* Whole panels for every expert: their rows are a multiple of a panel's.  Adapters cannot change
- * them. */
+/* Tells the matrix of a layer from all others. */
+static void name_matrix(struct loader *l, const char *name, size_t n_experts, struct sm_matrix *matrix) {
+    struct sm_model *m = l->m;
+    struct sm_named_matrix *named = &m->matrices[m->n_matrices++];
+    named->matrix = matrix;
+    named->n_experts = n_experts;
+    snprintf(named->name, sizeof named->name, "%s", name);
+    matrix->id = m->n_matrices;
+}
+
+/* Whole panels for every expert: their rows are a multiple of a panel's. */
 static int bind_experts(struct loader *l, const char *name, enum need need, size_t n_experts,
                         size_t rows, size_t k, struct sm_matrix *out) {
     int status = bind_matrices(l, name, need, n_experts, rows, k, out);
-    if (status != SMALLM_OK || out->n_rows == 0 || rows % SM_PANEL_ROWS == 0) return status;
+    if (status != SMALLM_OK || out->n_rows == 0) return status;
+    name_matrix(l, name, n_experts, out);
+    if (rows % SM_PANEL_ROWS == 0) return SMALLM_OK;
     return sm_fail(l->err, SMALLM_E_UNSUPPORTED,
                    "%s: the tensor %s has %zu rows for each expert; allowed are multiples of %d",
                    sm_gguf_path(l->g), name, rows, SM_PANEL_ROWS);
@@ -170,13 +181,9 @@ static int bind_vector(struct loader *l, const char *name, enum need need, size_
 /* As bind_matrix, for a matrix of a layer: adapters may change it, and it may have a scale. */
 static int bind_layer_matrix(struct loader *l, const char *name, enum need need, size_t rows, size_t k,
                              struct sm_matrix *out) {
-    struct sm_model *m = l->m;
     int status = bind_matrix(l, name, need, rows, k, out);
     if (status != SMALLM_OK || out->n_rows == 0) return status;
-    struct sm_named_matrix *named = &m->matrices[m->n_matrices++];
-    named->matrix = out;
-    snprintf(named->name, sizeof named->name, "%s", name);
-    out->id = m->n_matrices;
+    name_matrix(l, name, 0, out);
     char scale[SM_NAME_MAX];
     snprintf(scale, sizeof scale, "%.*s.scale", (int)(strrchr(name, '.') - name), name);
     return bind_vector(l, scale, OPTIONAL, 1, &out->scale);

@@ -16,12 +16,13 @@ struct sm_matrix {
     size_t n_rows, k;
     size_t n_panels, panel_bytes;
     uint8_t *panels; /* [n_panels][panel_bytes] */
-    size_t id;       /* sm_model.matrices[id - 1] is it, or has it as a range of its panels; 0: none */
+    size_t id;       /* sm_model.matrices[id - 1] is it, or has it as a range of its panels; 0: the head */
 };
 
-struct sm_named_matrix { /* a matrix that adapters may change */
+struct sm_named_matrix {
     char name[SM_NAME_MAX]; /* of the tensor */
     const struct sm_matrix *matrix;
+    size_t n_experts; /* whose rows follow each other; 0: none, and adapters may change it */
 };
 
 /* From SM_FAR on distances have the same bias.  A row of biases begins SM_FAR + SM_CHUNK positions

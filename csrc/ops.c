@@ -10,6 +10,7 @@
 /* What a thread takes at once: little enough that the last to finish is not late. */
 #define PANELS_AT_ONCE 8 /* two fours of a GEMV, whole pairs of a GEMM */
 #define TOKENS_AT_ONCE 4
+#define COLUMNS_AT_ONCE 64 /* of statistics: whole cache lines of a row */
 
 /* Tokens that go through an adapter's A together: as many as a thread's own activations hold. */
 #define LOW_TOKENS (SM_FEW - 1)
@@ -47,12 +48,14 @@ struct sm_ops {
     float *low;                  /* [SM_PRODUCTS_MAX][n_tokens][low_stride] what A gave, scaled */
     size_t low_stride;           /* a multiple of 32, at least the rank reserved */
     const struct sm_adaptation *adaptations; /* [n] of the pass, or NULL */
+    struct sm_statistics *statistics; /* or NULL */
+    float *seen;                 /* [n_tokens][k_max] rows before they are added to the statistics */
     const atomic_bool *cancel;
     _Atomic int status;
 };
 
 int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels, bool timed,
-               struct sm_ops **out, smallm_error *err) {
+               struct sm_statistics *statistics, struct sm_ops **out, smallm_error *err) {
     *out = NULL;
     struct sm_ops *o = sm_calloc(1, sizeof *o);
     if (o == NULL) return sm_fail(err, SMALLM_E_MEMORY, "no memory for scratch");
@@ -60,6 +63,7 @@ int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_ker
     o->n_threads = n_threads;
     o->n_tokens = n_tokens;
     o->k_max = sm_round_up(k_max, 256);
+    o->statistics = statistics;
     int status = sm_pool_new(n_threads, &o->pool, err);
     if (status != SMALLM_OK) goto fail;
     status = SMALLM_E_MEMORY;
@@ -83,10 +87,14 @@ int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_ker
     for (size_t i = 0; i < SM_COUNT(floats); i++) per_thread += floats[i] * sizeof(float);
     per_thread = sm_round_up(per_thread, 4096); /* threads do not share pages */
     o->n_bytes += (size_t)n_threads * per_thread;
+    size_t seen = statistics != NULL ? n_tokens * o->k_max * sizeof o->seen[0] : 0;
+    o->n_bytes += seen;
     o->memory = sm_alloc(o->n_bytes);
     if (o->memory == NULL) goto fail;
 
     uint8_t *at = o->memory;
+    o->seen = (float *)(void *)at;
+    at += seen;
     for (int a = 0; a < SM_ACT_COUNT; a++) {
         o->acts[a] = at;
         at += shared[a];
@@ -448,6 +456,83 @@ static void add_adapters(const struct project *p, size_t i, size_t panel, size_t
     }
 }
 
+/* ---- statistics ------------------------------------------------------------------------------------------ */
+
+/* Rows of a source that some matrices are multiplied with, by groups: first[g] - first[0] .. first[g + 1] -
+ * first[0] - 1 are those of expert from + g. */
+struct observation {
+    struct sm_ops *o;
+    const struct sm_source *s;
+    const size_t *first;   /* [n_groups + 1] */
+    size_t n_groups, from;
+    struct sm_sums *sums[SM_PRODUCTS_MAX]; /* [n_sums] */
+    size_t n_sums;
+};
+
+static void copy_phase(void *arg, int thread, struct sm_work *work) {
+    const struct observation *ob = arg;
+    struct local *l = &ob->o->locals[thread];
+    size_t begin, end, k = ob->s->k;
+    turn_to(l, SM_TIMER_PREPARE);
+    while (sm_work_take(work, &begin, &end))
+        for (; begin < end; begin++) {
+            float *to = ob->o->seen + begin * k;
+            const float *row = ob->s->row(ob->s, begin, to);
+            if (row != to) memcpy(to, row, k * sizeof *row);
+        }
+    turn_to(l, SM_TIMER_WAIT);
+}
+
+/* sums_c += x_tc^2 for COLUMNS_AT_ONCE columns, token after token. */
+static void square_phase(void *arg, int thread, struct sm_work *work) {
+    const struct observation *ob = arg;
+    struct local *l = &ob->o->locals[thread];
+    const size_t k = ob->s->k;
+    size_t item, end;
+    turn_to(l, SM_TIMER_PREPARE);
+    while (sm_work_take(work, &item, &end)) {
+        for (; item < end; item++) {
+            const size_t column = item * COLUMNS_AT_ONCE, n = SM_MIN(COLUMNS_AT_ONCE, k - column);
+            for (size_t i = 0; i < ob->n_sums * ob->n_groups; i++) {
+                const size_t g = i / ob->n_sums;
+                double *to = ob->sums[i % ob->n_sums]->squares + (ob->from + g) * k + column;
+                for (size_t t = ob->first[g]; t < ob->first[g + 1]; t++) {
+                    const float *x = ob->o->seen + (t - ob->first[0]) * k + column;
+                    for (size_t c = 0; c < n; c++) to[c] += (double)x[c] * (double)x[c];
+                }
+            }
+        }
+    }
+    turn_to(l, SM_TIMER_WAIT);
+}
+
+/* Adds to the statistics of w, where it has an id and what it reads has not been added yet. */
+static void add_sums(struct observation *ob, const struct sm_matrix *w) {
+    if (w->id == 0) return;
+    struct sm_sums *sums = &ob->o->statistics->of[w->id - 1];
+    for (size_t i = 0; i < ob->n_sums; i++)
+        if (ob->sums[i] == sums) return; /* parts of one tensor */
+    ob->sums[ob->n_sums++] = sums;
+}
+
+static void observe(struct observation *ob) {
+    if (ob->n_sums == 0) return;
+    size_t n_rows = ob->first[ob->n_groups] - ob->first[0];
+    run_phase(ob->o, n_rows, TOKENS_AT_ONCE, copy_phase, ob);
+    run_phase(ob->o, (ob->s->k + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE, 1, square_phase, ob);
+    for (size_t i = 0; i < ob->n_sums * ob->n_groups; i++) {
+        const size_t g = i / ob->n_sums;
+        ob->sums[i % ob->n_sums]->counts[ob->from + g] += ob->first[g + 1] - ob->first[g];
+    }
+}
+
+static void observe_project(const struct project *p) {
+    const size_t first[] = {0, p->n};
+    struct observation ob = {.o = p->o, .s = p->s, .first = first, .n_groups = 1};
+    for (size_t i = 0; i < p->n_products; i++) add_sums(&ob, p->products[i].w);
+    observe(&ob);
+}
+
 /* ---- finishing ------------------------------------------------------------------------------------------- */
 
 /* tile [n][ld] += the product's bias, for rows row .. row + n_rows - 1. */
@@ -595,6 +680,7 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
 
 static void run_project(struct project *p) {
     p->rows = p->fine ? 2 * p->n : p->n;
+    if (p->o->statistics != NULL) observe_project(p);
     if (!p->head) lower(p);
     for (size_t i = 0; i < p->n_products; i++) p->wants[sm_quants[p->products[i].w->type].act] = true;
     p->own = p->rows < SM_FEW;
@@ -647,7 +733,8 @@ struct feed {
     const struct sm_experts *e;
     const struct sm_routing *r;
     size_t begin, n_slots; /* the round: slots begin .. begin + n_slots - 1, of the experts */
-    const uint16_t *active; /* [n_active] that have tokens in it, ascending */
+    size_t from, to;       /* from .. to - 1, */
+    const uint16_t *active; /* [n_active] of which these have tokens in it, ascending */
     size_t n_active;
     float *h;              /* [n_slots][n_ff] */
     float *out;            /* [n][stride] */
@@ -750,11 +837,23 @@ static bool fits_own(const struct project *p, size_t n) {
     return true;
 }
 
+/* Adds what the round's slots read to the statistics of some of the matrices. */
+static void observe_slots(const struct feed *f, const struct sm_source *s, const struct sm_matrix *w,
+                          const struct sm_matrix *other) {
+    struct observation ob = {.o = f->p.o, .s = s, .first = f->r->first + f->from,
+                             .n_groups = f->to - f->from, .from = f->from};
+    if (f->p.o->statistics == NULL) return;
+    add_sums(&ob, w);
+    if (other != NULL) add_sums(&ob, other);
+    observe(&ob);
+}
+
 /* One round: the tokens of the active experts through all three matrices. */
 static void run_round(struct feed *f, size_t n) {
     struct sm_ops *o = f->p.o;
     const struct sm_source slots = {.row = row_of_slot, .context = f, .k = f->tokens->k};
     const bool few = n < SM_FEW; /* then the activations are the tokens', not the slots' */
+    observe_slots(f, &slots, f->e->gate, f->e->up);
     f->p = (struct project){.o = o, .s = few ? f->tokens : &slots, .n = few ? n : f->n_slots,
                             .own = few};
     f->p.rows = f->p.n;
@@ -763,6 +862,7 @@ static void run_round(struct feed *f, size_t n) {
     run_phase(o, f->n_active * (f->e->n_ff / SM_PANEL_ROWS), PANELS_AT_ONCE, hidden_phase, f);
 
     const struct sm_source hidden = sm_source_rows(f->h, f->e->n_ff, f->e->n_ff);
+    observe_slots(f, &hidden, f->e->down, NULL);
     f->p = (struct project){.o = o, .s = &hidden, .n = f->n_slots, .rows = f->n_slots};
     f->p.wants[sm_quants[f->e->down->type].act] = true;
     f->p.own = fits_own(&f->p, f->n_slots);
@@ -776,12 +876,13 @@ void sm_ops_experts(struct sm_ops *o, size_t n, const struct sm_source *s,
     uint16_t active[SM_EXPERTS_MAX];
     for (size_t e = 0; e < experts->n;) {
         struct feed f = {.p = {.o = o}, .tokens = s, .e = experts, .r = routing,
-                         .begin = routing->first[e], .active = active, .h = h, .out = out,
+                         .begin = routing->first[e], .from = e, .active = active, .h = h, .out = out,
                          .stride = stride};
         /* An expert has at most n tokens: each round has at least one. */
         for (; e < experts->n && routing->first[e + 1] - f.begin <= o->n_tokens; e++)
             if (end_slot(&f, e) > first_slot(&f, e)) active[f.n_active++] = (uint16_t)e;
         f.n_slots = routing->first[e] - f.begin;
+        f.to = e;
         if (f.n_active > 0) run_round(&f, n);
     }
 }

@@ -17,6 +17,7 @@ struct sm_session {
     size_t n_float_bytes;
     size_t cap_partial;         /* floats */
     struct sm_timers timers;
+    struct sm_statistics *statistics; /* or NULL */
     /* The batch's arrays, [n_batch] each. */
     int32_t *tokens;
     int *positions, *ends;
@@ -93,8 +94,12 @@ static int allocate(struct sm_session *s, smallm_error *err) {
     }
     size_t k_max = SM_MAX(SM_MAX(n_embd, q_size), n_ff);
     if (h->n_state_layer > 0) k_max = SM_MAX(k_max, (size_t)sm_mixer_out(h));
+    if (s->params.observed) {
+        int status = sm_statistics_new(s->model, &s->statistics, err);
+        if (status != SMALLM_OK) return status;
+    }
     return sm_ops_new(s->params.n_threads, n_rows, k_max, s->model->kernels, s->params.timed,
-                      &s->ops, err);
+                      s->statistics, &s->ops, err);
 }
 
 int sm_session_new(const struct sm_model *model, const struct sm_session_params *params,
@@ -129,6 +134,7 @@ void sm_session_free(struct sm_session *s) {
     if (s == NULL) return;
     sm_cache_free(&s->cache);
     sm_ops_free(s->ops);
+    sm_statistics_free(s->statistics);
     sm_router_free(s->buffers.router);
     sm_free(s->buffers.partial);
     sm_free(s->floats);
@@ -331,6 +337,7 @@ int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_span
     sm_ops_end(s->ops, &s->timers);
     sm_fpenv_leave(fpenv);
     status = sm_ops_status(s->ops);
+    if (status != SMALLM_OK && s->statistics != NULL) s->statistics->torn = true;
     switch (status) {
     case SMALLM_OK: break;
     case SMALLM_E_CANCELLED: return sm_fail(err, status, "cancelled");
@@ -346,9 +353,11 @@ int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_span
 
 const struct sm_timers *sm_session_timers(const struct sm_session *s) { return &s->timers; }
 
+const struct sm_statistics *sm_session_statistics(const struct sm_session *s) { return s->statistics; }
+
 uint64_t sm_session_cache_bytes(const struct sm_session *s) { return s->cache.n_bytes; }
 
 uint64_t sm_session_scratch_bytes(const struct sm_session *s) {
     return s->n_float_bytes + sm_ops_bytes(s->ops) + sm_router_bytes(s->buffers.router) +
-           s->cap_partial * sizeof(float);
+           s->cap_partial * sizeof(float) + (s->statistics != NULL ? s->statistics->n_bytes : 0);
 }

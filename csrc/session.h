@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 
 #include "adapter.h"
+#include "statistics.h"
 #include "timers.h"
 
 struct sm_session;
@@ -19,6 +20,7 @@ struct sm_session_params {
     int n_threads, n_ctx, n_batch, kv_type; /* all resolved: no zeros */
     uint64_t memory_limit;                  /* bytes, 0: none */
     bool timed;                             /* keeps timers */
+    bool observed;                          /* keeps statistics */
 };
 
 int sm_session_new(const struct sm_model *model, const struct sm_session_params *params,
@@ -68,6 +70,9 @@ int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_span
 
 /* Where the time of all passes so far went; all 0 where it is not kept. */
 const struct sm_timers *sm_session_timers(const struct sm_session *s);
+
+/* Of all passes so far; NULL where they are not kept. */
+const struct sm_statistics *sm_session_statistics(const struct sm_session *s);
 
 uint64_t sm_session_cache_bytes(const struct sm_session *s);
 uint64_t sm_session_scratch_bytes(const struct sm_session *s);

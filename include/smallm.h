@@ -187,6 +187,7 @@ typedef struct smallm_engine_params {
     int32_t kv_type;       /* smallm_kv_type */
     uint64_t memory_limit; /* bytes for KV cache, states and scratch, 0: none */
     int32_t timers;        /* 1: keeps smallm_engine_timer's sums; 0: only where SMALLM_TIMERS=1 */
+    int32_t statistics;    /* 1: keeps smallm_engine_statistic's sums; texts then share no cache */
 } smallm_engine_params;
 
 /* `params` may be NULL.  The model must outlive the engine. */
@@ -218,6 +219,22 @@ typedef struct smallm_timer {
 /* Where the engine's threads spent the time of the forward passes so far: entry `i`; SMALLM_DONE past
  * the last one, which is the first one where timers are not kept. */
 int smallm_engine_timer(smallm_engine *engine, size_t i, smallm_timer *out, smallm_error *err);
+
+typedef struct smallm_statistic {
+    size_t size;
+    char name[64];     /* of a tensor that is a matrix of the model's layers */
+    int32_t n_experts; /* whose matrices it holds; else 1 */
+    int32_t n_cols;
+} smallm_statistic;
+
+/* What the engine has multiplied matrix `i` of the model's layers with so far; SMALLM_DONE past the last
+ * one, which is the first one where statistics are not kept.  squares: NULL, or room for
+ * [n_experts][n_cols] sums of squares; counts: NULL, or room for [n_experts] numbers of tokens that these
+ * are sums over, 0: that expert was not chosen.  The same sums come from any number of threads and
+ * whatever n_chunk.  SMALLM_E_ARGUMENT: a request runs; SMALLM_E_CANCELLED: a pass broke off, as one was
+ * cancelled, so that the sums are not of whole texts. */
+int smallm_engine_statistic(smallm_engine *engine, size_t i, smallm_statistic *out, double *squares,
+                            uint64_t *counts, smallm_error *err);
 
 /* Sampling, applied in this order: penalties, bias, mask, top_k, typical, top_p, min_p, temperature. */
 typedef struct smallm_sampling {

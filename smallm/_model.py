@@ -193,6 +193,14 @@ class Model:
         self._adapters[name] = box
         self._adapter_bytes += info.n_bytes
 
+    def _observer(self, ctx: int) -> _Handles:
+        """Another engine of the same weights, which keeps statistics."""
+        handles, error, settings = _Handles(self._live().model), new("error"), new("engine_params")
+        settings.n_threads, settings.n_ctx = self._engine_info().n_threads, ctx
+        settings.statistics = 1
+        check(lib.smallm_engine_open(handles.model[0], settings, handles.engine, error), error)
+        return handles
+
     # ---- life ----
 
     def __enter__(self) -> Self:

@@ -442,7 +442,9 @@ def convert(source: str, out: str, type_name: str, as_json: bool) -> None:
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.argument("type_name", metavar="TYPE")
 @click.option(
-    "--imatrix", type=click.Path(), help="Where errors matter: a file of llama.cpp's llama-imatrix."
+    "--imatrix",
+    type=click.Path(),
+    help="Where errors matter: a file of smallm imatrix, or of llama.cpp's llama-imatrix.",
 )
 @click.option(
     "--keep",
@@ -560,6 +562,64 @@ def evaluation_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+@cli.command()
+@click.argument("model", shell_complete=_complete_file)
+@click.argument("text", type=TEXT_FILE, default="-")
+@click.option(
+    "-o", "--output", "out", type=click.Path(dir_okay=False), required=True, help="File to write."
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(3),
+    default=512,
+    show_default=True,
+    help="Tokens in a window.",
+)
+@evaluation_options
+def imatrix(
+    model: str,
+    text: str,
+    out: str,
+    ctx_size: int,
+    chunks: int | None,
+    threads: int | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Measure on the file TEXT, or on stdin, where errors in MODEL's weights matter.
+
+    The file is for smallm quantize --imatrix, and for llama.cpp's llama-quantize.
+
+    \b
+    smallm imatrix smollm2-f16.gguf book.txt -o smollm2.imatrix
+    smallm quantize smollm2-f16.gguf smollm2-q3.gguf q3_k_m --imatrix smollm2.imatrix
+    """
+    from ..quantize import save_importance
+
+    content = _read_text(text)
+    with load(model, ctx_size, threads, offline) as loaded, _tokens_bar("importance") as report:
+        found = save_importance(
+            loaded,
+            content,
+            out,
+            ctx=ctx_size,
+            max_windows=chunks,
+            dataset="stdin" if text == "-" else os.path.basename(text),
+            progress=report,
+        )
+    if as_json:
+        print_json({**found._asdict(), "path": str(found.path)})
+        return
+    note(
+        f"{found.matrices} matrices; {found.tokens} tokens in {found.windows} windows of "
+        f"{found.ctx}"
+    )
+    for name, n in found.unseen.items():
+        note(f"{name}: no token chose {n} of its experts; a longer text may")
+    click.echo(found.path)
 
 
 @cli.command()

@@ -80,7 +80,8 @@ def _windows(n_tokens: int, ctx: int, stride: int | None) -> list[_Window]:
     return found
 
 
-def _tokens(model: Model, text: str | Sequence[int]) -> list[int]:
+def text_tokens(model: Model, text: str | Sequence[int]) -> list[int]:
+    """A text's tokens, with BOS where the model adds it; or tokens, judged."""
     if not isinstance(text, str):
         return token_ids("text", text, model.info.vocabulary)
     utf8("text", text)
@@ -94,13 +95,14 @@ class _Judged(NamedTuple):
     ctx: int
 
 
-def _judge(
+def judge_windows(
     model: Model,
     tokens: Sequence[int],
     ctx: object,
     stride: object = None,
     max_windows: object = None,
 ) -> _Judged:
+    """Cuts a text into windows.  ValueError: it is too short for one."""
     generates(model)
     size = integer("ctx", ctx, 3, max(3, model.info.context))
     step = None if stride is None else integer("stride", stride, 1, size - 1)
@@ -187,7 +189,7 @@ def perplexity(
     SmallmError: logits that are not finite.
     """
     generates(model)
-    judged = _judge(model, _tokens(model, text), ctx, stride, max_windows)
+    judged = judge_windows(model, text_tokens(model, text), ctx, stride, max_windows)
     total = sum(w.end - w.begin - 1 for w in judged.windows)
     done, started = 0, time.perf_counter()
     losses: list[float] = []
@@ -234,7 +236,7 @@ def save_logits(
     Parameters and errors as for perplexity(); OSError.
     """
     generates(model)
-    judged = _judge(model, _tokens(model, text), ctx, None, max_windows)
+    judged = judge_windows(model, text_tokens(model, text), ctx, None, max_windows)
     n_vocab = model.info.vocabulary
     with whole_file(path) as name, open(name, "wb") as file:
         write_head(file, judged.ctx, n_vocab, judged.tokens)
@@ -273,12 +275,15 @@ def divergence(
         if text is None:
             raise TypeError("text is missing: only saved logits hold their own")
         size = 512 if ctx is None else ctx
-        tokens = _tokens(model, text)
-        _same_tokens(model, tokens, reference.info.path, _tokens(reference, text))
+        tokens = text_tokens(model, text)
+        _same_tokens(model, tokens, reference.info.path, text_tokens(reference, text))
         _same_vocabulary(model, reference.info.path, reference.info.vocabulary)
-        _judge(reference, tokens, size)
+        judge_windows(reference, tokens, size)
         return _compare(
-            model, _judge(model, tokens, size, None, max_windows), _of_model(reference), progress
+            model,
+            judge_windows(model, tokens, size, None, max_windows),
+            _of_model(reference),
+            progress,
         )
     with SavedLogits(reference) as saved:
         _same_vocabulary(model, saved.path, saved.n_vocab)
@@ -286,9 +291,12 @@ def divergence(
             raise ValueError(f"ctx is {ctx}; the windows of {saved.path} have {saved.ctx} tokens")
         tokens = saved.tokens.tolist()
         if text is not None:
-            _same_tokens(model, _tokens(model, text)[: len(tokens)], saved.path, tokens)
+            _same_tokens(model, text_tokens(model, text)[: len(tokens)], saved.path, tokens)
         return _compare(
-            model, _judge(model, tokens, saved.ctx, None, max_windows), _of_file(saved), progress
+            model,
+            judge_windows(model, tokens, saved.ctx, None, max_windows),
+            _of_file(saved),
+            progress,
         )
 
 

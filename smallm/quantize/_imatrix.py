@@ -1,22 +1,68 @@
-"""Importance matrices: mean squares of what each matrix of a model is multiplied with.
+"""Files of importance: mean squares of what each matrix of a model is multiplied with.
 
 Both of llama.cpp's kinds are read: GGUF files (general.type "imatrix"), and the older ones without
-a magic number.
+a magic number.  The former are written: for a matrix NAME the tensors NAME.in_sum2, float32
+[n_experts or 1, n_cols], and NAME.counts, float32 [n_experts or 1, 1].
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from .._errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
-from ._formats import Floats
-from ._gguf import MAGIC, read_header, read_pieces
+from .._errors import CorruptModelError, ModelNotFoundError, SmallmError, UnsupportedModelError
+from .._files import whole_file
+from ._formats import Floats, formats
+from ._gguf import MAGIC, encode_key, padding, read_header, read_pieces, write_header
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+class Statistic(NamedTuple):
+    """What one matrix, or those of its experts, was multiplied with."""
+
+    squares: npt.NDArray[np.float64]  #: [n_experts or 1, n_cols] sums of squares
+    counts: npt.NDArray[np.uint64]  #: [n_experts or 1] tokens that these are sums over
+
+
+def write_importance(
+    path: str | os.PathLike[str],
+    statistics: Mapping[str, Statistic],
+    *,
+    dataset: str,
+    windows: int,
+    ctx: int,
+) -> None:
+    """Writes them, by matrix, beside `path` and renames.
+
+    dataset: what the text is called; it was run as so many windows of ctx tokens.
+    SmallmError: a sum is beyond float32.  OSError: it cannot be written.
+    """
+    arrays: list[tuple[str, Floats]] = []
+    for name, (squares, counts) in statistics.items():
+        if not (squares <= np.finfo(np.float32).max).all():
+            raise SmallmError(f"the squares of what {name} is multiplied with exceed float32")
+        arrays.append((name + SUMS, squares.astype("<f4")))
+        arrays.append((name + COUNTS, counts.astype("<f4").reshape(-1, 1)))
+    keys = [
+        encode_key("general.type", "imatrix"),
+        encode_key("imatrix.datasets", [dataset]),
+        encode_key("imatrix.chunk_count", windows),
+        encode_key("imatrix.chunk_size", ctx),
+    ]
+    kind = formats()["F32"].id
+    infos = [(name, values.shape[::-1], kind, values.nbytes) for name, values in arrays]
+    with whole_file(path) as part, open(part, "wb") as file:
+        write_header(file, keys, infos)
+        for _, values in arrays:
+            file.write(values.tobytes())
+            file.write(padding(values.nbytes))
 
 
 def read_importance(path: str | os.PathLike[str]) -> dict[str, Floats]:

@@ -73,7 +73,7 @@ def quantize(
     out: the file to write, not `source`; one that is there is replaced at the end.
     type: one of TYPES.  Norms, biases and the like stay as they are.  Rows that do not divide into
         a format's blocks get another format, which the result tells.
-    imatrix: a file of llama.cpp's llama-imatrix, which tells where errors matter.
+    imatrix: a file of save_importance() or llama.cpp's llama-imatrix: where errors matter.
     keep: "PATTERN=TYPE" each: matrices of such a name (with * and ?) get this format; the first
         that fits decides.
     requantize: also matrices that are quantized already, which then lose twice.

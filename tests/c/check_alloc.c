@@ -124,7 +124,7 @@ static int generate(const smallm_model *model, smallm_engine *engine, smallm_ada
 static int go(const char *path, struct answer out[2], const char **what, smallm_error *err) {
     const char *text = "Once upon a time, \xC3\xA9t\xC3\xA9 2024";
     smallm_model *model = NULL;
-    smallm_engine *engine = NULL;
+    smallm_engine *engine = NULL, *observer = NULL;
     smallm_adapter *adapter = NULL;
     float *logits = NULL, *embedding = NULL;
     int32_t ids[64];
@@ -165,6 +165,20 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
         rc = generate(model, engine, NULL, ids, n_ids, NULL, embedding, &none, err);
         if (rc != SMALLM_OK) goto done;
     }
+    *what = "smallm_engine_open with statistics";
+    ep.statistics = 1;
+    rc = smallm_engine_open(model, &ep, &observer, err);
+    if (rc != SMALLM_OK) goto done;
+    *what = "generate with statistics";
+    rc = generate(model, observer, NULL, ids, n_ids, NULL, NULL, &none, err);
+    if (rc != SMALLM_OK) goto done;
+    CHECK(memcmp(&first, &none, sizeof first) == 0, "statistics change the answer");
+    smallm_statistic statistic = {.size = sizeof statistic};
+    uint64_t count = 0;
+    CHECK(smallm_engine_statistic(observer, 0, &statistic, NULL, &count, err) == SMALLM_OK, "%s",
+          err->message);
+    size_t n_run = info.decoder_start < 0 ? n_ids + (size_t)first.n - 1 : 0;
+    CHECK(n_run == 0 || count == n_run, "%s: %d tokens were counted", statistic.name, (int)count);
     if (strcmp(info.architecture, "llama") != 0) goto done; /* the adapter's */
     *what = "smallm_adapter_open";
     rc = smallm_adapter_open(model, ADAPTER, NULL, &adapter, err);
@@ -176,6 +190,7 @@ static int go(const char *path, struct answer out[2], const char **what, smallm_
 done:
     smallm_adapter_free(adapter);
     smallm_engine_close(engine);
+    smallm_engine_close(observer);
     smallm_model_free(model);
     free(logits);
     free(embedding);
