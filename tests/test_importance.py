@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
-import goldens
 import numpy as np
 import pytest
 import tiny
@@ -206,7 +205,7 @@ def test_statistics_are_of_whole_texts(tiny_chat: Path, tmp_path: Path) -> None:
         assert ask(handles, 1 << 20) == ask(model._handles) == lib.SMALLM_DONE
 
     def edit(tensors: dict[str, Tensor]) -> None:
-        tensors["blk.1.ffn_down.weight"].data[:] = 1e30
+        tensors["blk.0.ffn_up.weight"].data[:] = 1e38
 
     tiny.write_tiny(tmp_path / "m.gguf", edit=edit)
     with smallm.load(tmp_path / "m.gguf") as model:
@@ -233,7 +232,8 @@ def test_the_file_is_read_by_quantize(golden: Golden, tmp_path: Path) -> None:
     experts = [
         f"blk.{i}.ffn_{what}_exps.weight" for i in range(2) for what in ("gate", "up", "down")
     ]
-    assert made.unseen == dict.fromkeys(experts, 9) and made.matrices == len(names(path))
+    assert made.unseen == dict.fromkeys(experts, 9)
+    assert made.matrices == len(names(path)) + 2  # the shared experts' gates, of one row
     reader = gguf.GGUFReader(out)
     keys = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("GGUF")}
     assert keys == {
@@ -251,7 +251,7 @@ def test_the_file_is_read_by_quantize(golden: Golden, tmp_path: Path) -> None:
         a.name: [i for i, (x, y) in enumerate(zip(a.data, b.data, strict=True)) if (x != y).any()]
         for a, b in zip(*(gguf.GGUFReader(m.path).tensors for m in (plain, weighed)), strict=True)
     }
-    assert {name: changed[name] for name in experts} == dict.fromkeys(experts, [0, 1, 2])
+    assert {name: changed[name] for name in experts} == {n: [0, 1, 2] for n in experts}
     assert changed["blk.0.attn_q.weight"] and not changed["token_embd.weight"]
 
 
@@ -266,11 +266,11 @@ def test_refusals(model: smallm.Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text has 3 tokens; 64 are needed"):
         save_importance(model, [1, 2, 3], out, ctx=64)
     for ctx in (2, 257):
-        with pytest.raises(ValueError, match="ctx must be 3 .. 256"):
+        with pytest.raises(ValueError, match=r"ctx must be 3 \.\. 256"):
             save_importance(model, TEXT, out, ctx=ctx)
     with pytest.raises(smallm.ModelNotFoundError, match="nowhere"):
         save_importance(model, TEXT, tmp_path / "nowhere" / "i", ctx=64)
-    with pytest.raises(TypeError, match="smallm.Model"):
+    with pytest.raises(TypeError, match=r"smallm\.Model"):
         save_importance("model", TEXT, out)  # type: ignore[arg-type]
     t5 = Golden("t5", tmp_path / "t5")
     with (

@@ -106,7 +106,7 @@ def test_readme_shell_and_c(smollm2: smallm.Model, tmp_path: Path) -> None:
     compiler()
     (tmp_path / "hello.c").write_text(blocks("c")[0], encoding="utf-8")
     for text in blocks("sh"):
-        if any(f"smallm {name}" in text for name in ("convert", "merge", "ppl", "quantize")):
+        if any(f"smallm {name}" in text for name in ("convert", "imatrix", "merge", "ppl", "quantize")):
             continue  # tests of their own
         done = run(["bash", "-e", "-c", text], tmp_path)
         assert "Traceback" not in done.stderr
@@ -130,7 +130,7 @@ def test_readme_convert(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 def test_readme_quantize(tmp_path: Path) -> None:
     """With a small random model in place of the real one."""
-    (text,) = (text for text in blocks("sh") if "smallm quantize" in text)
+    text, importance = (text for text in blocks("sh") if "smallm quantize" in text)
     template = {"tokenizer.chat_template": tiny.CHATML}
     tiny.write_tiny(
         tmp_path / "smollm2-f16.gguf", tokenizer="bpe", n_embd=256, types="F16", extra=template
@@ -140,6 +140,10 @@ def test_readme_quantize(tmp_path: Path) -> None:
     assert first == "smollm2-q4.gguf" and answer.strip()
     for name in QUANTIZED:
         assert f"`{name}`" in README
+    (tmp_path / "book.txt").write_text("Once upon a time. " * 200, encoding="utf-8")
+    tiny.write_tiny(tmp_path / "smollm2-f16.gguf", n_embd=256, types="F16", n_ctx=512)
+    done = run(["bash", "-e", "-c", importance], tmp_path)
+    assert done.stdout == "smollm2.imatrix\nsmollm2-q3.gguf\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
