@@ -3,8 +3,8 @@
     python benchmarks/importance.py
 
 The weights are the default model's, made F16.  Importance is measured on the reference of Python's
-language that comes with Python; shown is the mean KL divergence from the F16 model on windows of the
-GPL-3 text, which is of another kind.
+language that comes with Python; shown is the mean KL divergence from the F16 model on windows of
+the GPL-3 text, which is of another kind.
 """
 
 from __future__ import annotations
