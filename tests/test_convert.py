@@ -30,9 +30,10 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 import smallm
 from smallm.convert import TYPES, convert
-from smallm.convert._convert import TERNARY
 from smallm.convert._sentencepiece import read_sentencepiece
 from smallm.convert._tokenizer import PRES
+from smallm.quantize import quantize
+from smallm.quantize._mix import TERNARY
 
 SPEC = json.loads((goldens.HERE / "llama.json").read_text(encoding="utf-8"))
 Tensors = dict[str, np.ndarray]
@@ -83,8 +84,8 @@ def test_a_folder_goes_through_convert_and_run(folder: Path, tmp_path: Path) -> 
     done = command("run", out, "On the")  # would be a prompt of the default model
     assert done.returncode == 2 and f"smallm run -m {out}" in done.stderr
 
-    done = command("convert", folder, out, "--type", "q4_k_m")
-    assert done.returncode == 1 and "q4_k_m" in done.stderr and "q8_0" in done.stderr
+    done = command("convert", folder, out, "--type", "q4_k_x")
+    assert done.returncode == 1 and "q4_k_x" in done.stderr and "q8_0" in done.stderr
     answer = json.loads(command("convert", folder, out, "--json").stdout)
     assert answer == {"path": str(out), "size": out.stat().st_size, "type": "f16"}
 
@@ -92,29 +93,127 @@ def test_a_folder_goes_through_convert_and_run(folder: Path, tmp_path: Path) -> 
 # ---- what is written -----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint whose rows 256 divides, for the mixes, and its F32 file."""
+    spec = json.loads(json.dumps(SPEC))
+    spec["config"] |= {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    spec["config"] |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1}
+    sizes = {"up": [512, 256], "down": [256, 512], "q": [256, 256], "k": [64, 256]}
+    sizes |= {"gate": sizes["up"], "v": sizes["k"], "o": sizes["q"]}
+    for name, what in spec["tensors"].items():
+        match = re.search(r"\.(\w+)_proj\.weight", name)
+        what[0] = sizes[match[1]] if match is not None else [*what[0][:-1], 256]
+    folder = tmp_path_factory.mktemp("wide")
+    goldens.write_folder(spec, "llama", folder / "wide")
+    return folder / "wide", convert(folder / "wide", folder / "f32", type="f32", progress=False)
+
+
 @pytest.mark.parametrize("type_name", sorted(set(TYPES) - set(TERNARY)))
-def test_types(folder: Path, tmp_path: Path, type_name: str) -> None:
-    path = convert(folder, tmp_path / "m.gguf", type=type_name, progress=False)
-    keys, tensors = read(path)
-    assert keys["general.file_type"] == {
-        "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32
-    }[type_name]  # fmt: skip
+def test_types(wide: tuple[Path, Path], tmp_path: Path, type_name: str) -> None:
+    """The same as two steps give: to F32, and from there."""
+    source, f32 = wide
+    keys, tensors = read(convert(source, tmp_path / "m.gguf", type=type_name, progress=False))
+    made = quantize(f32, tmp_path / "q.gguf", type_name, progress=False)
+    expected_keys, expected = read(made.path)
+    assert keys == expected_keys | {"GGUF.kv_count": keys["GGUF.kv_count"]}
+    assert list(tensors) == list(expected)
     for name, tensor in tensors.items():
-        wanted = type_name.upper() if name.endswith(".weight") and "norm" not in name else "F32"
-        if name == "output.weight" and wanted[:2] in ("Q4", "Q5"):
-            wanted = "Q8_0"
-        assert tensor.tensor_type.name == wanted, name
-    name, source = "blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"
-    values = goldens.weights("llama", source, *SPEC["tensors"][source]).astype(np.float32)
-    expected = gguf.quants.quantize(values, GgmlType[type_name.upper()])
-    assert np.array_equal(
-        np.asarray(tensors[name].data).view(np.uint8), np.ascontiguousarray(expected).view(np.uint8)
-    )
+        assert tensor.tensor_type == expected[name].tensor_type, name
+        assert np.array_equal(tensor.data, expected[name].data), name
+    assert len({t.tensor_type for t in tensors.values()}) >= (1 if type_name == "f32" else 2)
+
+
+# Deviations of the logits, in their own.
+@pytest.mark.parametrize(
+    ("type_name", "most"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.07), ("q5_0", 0.4)]
+)
+def test_answers_stay_near(folder: Path, tmp_path: Path, type_name: str, most: float) -> None:
     golden = goldens.Golden("llama")
+    path = convert(folder, tmp_path / "m.gguf", type=type_name, progress=False)
     with smallm.load(path, threads=2) as model:
         off = model.logits(golden.ids)[golden.rows] - golden.logits
-    bits = {"f": 0.01, "b": 0.1}.get(type_name[0]) or {"8": 0.07, "5": 0.4, "4": 0.8}[type_name[1]]
-    assert np.sqrt(np.mean(off**2)) < bits * golden.logits.std()
+    assert np.sqrt(np.mean(off**2)) < most * golden.logits.std()
+
+
+MXFP4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+
+
+def test_mxfp4_stays_as_it_is(tmp_path: Path) -> None:
+    """Experts in blocks and scales, beside the same numbers as float32."""
+    spec = json.loads((goldens.HERE / "gpt-oss.json").read_text(encoding="utf-8"))
+    folder = goldens.write_folder(spec, "gpt-oss", tmp_path / "folder")
+    rng = np.random.default_rng(4)
+    values: Tensors = {}
+
+    def pack(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            n_experts, n_cols, n_rows = tensors.pop(name).shape
+            codes = rng.integers(0, 256, (n_experts, n_rows, n_cols // 32, 16), np.uint8)
+            scales = rng.integers(118, 125, codes.shape[:-1], np.uint8)
+            tensors[name + "_blocks"], tensors[name + "_scales"] = codes, scales
+            signed = np.array([*MXFP4, *(-x for x in MXFP4)], np.float32)
+            pairs = np.stack([signed[codes & 15], signed[codes >> 4]], -1)
+            numbers = np.ldexp(
+                pairs.reshape(*scales.shape, 32), scales[..., None].astype(int) - 127
+            )
+            values[name] = numbers.reshape(n_experts, n_rows, n_cols).swapaxes(1, 2)
+
+    edit(folder, pack)
+    for type_name in ("f32", "q8_0"):
+        path = convert(folder, tmp_path / "m.gguf", type=type_name, progress=False)
+        _, tensors = read(path)
+        for i in range(2):
+            fused = values[f"model.layers.{i}.mlp.experts.gate_up_proj"].swapaxes(1, 2)
+            down = values[f"model.layers.{i}.mlp.experts.down_proj"].swapaxes(1, 2)
+            wanted = {"gate": fused[:, ::2], "up": fused[:, 1::2], "down": down}
+            for name, expected in wanted.items():
+                tensor = tensors[f"blk.{i}.ffn_{name}_exps.weight"]
+                assert tensor.tensor_type == GgmlType.MXFP4
+                got = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                assert np.array_equal(got.reshape(expected.shape), expected), name
+    golden = goldens.Golden("gpt-oss")
+    f32 = convert(folder, tmp_path / "m.gguf", type="f32", progress=False)
+    plain = tmp_path / "plain.gguf"
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if n[-7:] in PACKED])
+    edit(folder, lambda tensors: tensors.update(values))
+    convert(folder, plain, type="f32", progress=False)
+    answers = []
+    for path in (f32, plain):
+        with smallm.load(path, threads=2) as model:
+            answers.append(model.logits(golden.ids))
+    assert np.abs(answers[0] - answers[1]).max() < 0.2 * answers[1].std()
+
+
+PACKED = ("_blocks", "_scales")
+
+
+def test_mxfp4_that_is_none(tmp_path: Path) -> None:
+    spec = json.loads((goldens.HERE / "gpt-oss.json").read_text(encoding="utf-8"))
+    folder = goldens.write_folder(spec, "gpt-oss", tmp_path / "folder")
+    name = "model.layers.1.mlp.experts.down_proj"
+    n_experts, n_cols, n_rows = spec["tensors"][name][0]
+    whole = (tmp_path / "folder" / "model.safetensors").read_bytes()
+    scales = np.full((n_experts, n_rows, n_cols // 32), 120, np.uint8)
+    codes = np.zeros((*scales.shape, 16), np.uint8)
+    for change in (
+        {"_blocks": codes},
+        {"_scales": scales},
+        {"_blocks": codes[:, 1:], "_scales": scales},
+        {"_blocks": codes[..., 1:], "_scales": scales},
+        {"_blocks": codes, "_scales": scales.astype(np.float32)},
+        {"_blocks": codes, "_scales": np.where(scales == 120, np.uint8(255), scales)},
+    ):
+        (folder / "model.safetensors").write_bytes(whole)
+
+        def break_it(tensors: Tensors, change: Tensors = change) -> None:
+            del tensors[name]
+            tensors.update({name + suffix: np.ascontiguousarray(x) for suffix, x in change.items()})
+
+        edit(folder, break_it)
+        with pytest.raises(smallm.SmallmError, match="down_proj"):
+            convert(folder, tmp_path / "m.gguf", progress=False)
+        assert not (tmp_path / "m.gguf").exists()
 
 
 BITNET = json.loads((goldens.HERE / "bitnet.json").read_text(encoding="utf-8"))

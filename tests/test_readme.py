@@ -106,7 +106,9 @@ def test_readme_shell_and_c(smollm2: smallm.Model, tmp_path: Path) -> None:
     compiler()
     (tmp_path / "hello.c").write_text(blocks("c")[0], encoding="utf-8")
     for text in blocks("sh"):
-        if any(f"smallm {name}" in text for name in ("convert", "imatrix", "merge", "ppl", "quantize")):
+        if any(
+            f"smallm {name}" in text for name in ("convert", "imatrix", "merge", "ppl", "quantize")
+        ):
             continue  # tests of their own
         done = run(["bash", "-e", "-c", text], tmp_path)
         assert "Traceback" not in done.stderr

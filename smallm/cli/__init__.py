@@ -418,8 +418,7 @@ def doctor(model: str | None, as_json: bool) -> None:
     "type_name",
     default="f16",
     show_default=True,
-    help="Format of the matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; for ternary ones "
-    "tq2_0 or tq1_0.",
+    help="Format of the matrices, as of smallm quantize: f16, q8_0, q4_k_m, ...",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(source: str, out: str, type_name: str, as_json: bool) -> None:
@@ -498,7 +497,7 @@ def quantize(
 def merge(base: str, adapter: str, out: str, scale: float, as_json: bool) -> None:
     """Add a LoRA ADAPTER, GGUF or a folder of peft, to the model BASE: the GGUF file OUT.
 
-    Matrices keep their formats; those of K-quants that change become Q8_0.
+    Matrices keep their formats; of those that change, what cannot be written becomes Q8_0.
 
     \b
     smallm merge base.gguf support-lora support.gguf

@@ -8,7 +8,8 @@ model is stands in `_families`, one row each; everything about a folder is judge
 byte is written.  Needs the extra `convert` (the packages gguf and safetensors).
 """
 
-from ._convert import TYPES, convert
+from ..quantize import TYPES
+from ._convert import convert
 from ._merge import merge
 
 __all__ = ["TYPES", "convert", "merge"]

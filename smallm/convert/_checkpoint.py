@@ -24,6 +24,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
 }
+NARROW = ("F16", "BF16")
 STORED: dict[str, np.dtype[Any]] = {
     **FLOATS,
     "BF16": np.dtype("<u2"),
@@ -49,8 +50,9 @@ class Tensor:
     def is_float(self) -> bool:
         return self.kind in FLOATS or self.kind == "BF16"
 
-    def read(self, first: int = 0, n: int | None = None) -> Array:
-        """Rows first .. first + n - 1 (None: all), floats as float32."""
+    def read(self, first: int = 0, n: int | None = None, *, narrow: bool = False) -> Array:
+        """Rows first .. first + n - 1 (None: all), floats as float32; narrow: float16 as it is, and
+        the bits of bfloat16 as uint16."""
         rows = self.shape[0] if self.shape else 1
         n = rows - first if n is None else n
         width = int(np.prod(self.shape[1:], dtype=np.int64))
@@ -59,7 +61,9 @@ class Tensor:
         values: Array = np.fromfile(self.path, dtype, n * width, offset=start)
         if values.size != n * width:
             raise CorruptModelError(f"{self.path}: the file ends inside of {self.name}")
-        if self.kind == "BF16":
+        if narrow and self.kind in NARROW:
+            pass
+        elif self.kind == "BF16":
             wide = values.astype(np.uint32)
             wide <<= 16
             values = wide.view(np.float32)

@@ -27,6 +27,16 @@ from .._errors import (
     UnsupportedModelError,
 )
 from .._files import whole_file
+from ..quantize._formats import Bytes, Format, formats, rewrite
+from ..quantize._mix import (
+    TERNARY,
+    Matrix,
+    choose,
+    file_type,
+    judge_type,
+    query_groups,
+)
+from ..quantize._quantize import PIECE_VALUES, QUANTIZATION_VERSION
 from ._checkpoint import Tensor, open_checkpoint
 from ._config import Config, judged, read_json
 from ._families import DROPPED, Array, Family, Keys, Piece, find, pooling
@@ -35,17 +45,7 @@ from ._tokenizer import read_tokenizer
 if TYPE_CHECKING:
     import gguf
 
-TERNARY = ("tq2_0", "tq1_0")
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", *TERNARY)
-
 IMAGES = ("vision_tower.", "multi_modal_projector.")  # of models that see them, what does
-
-BLOCK_BYTES = 1 << 20  # of float32 that are encoded at a time
-# Matrices that stay F32: small, and read value by value or feeding a choice.
-FLOAT32 = re.compile(
-    r".*(?:_norm\.weight|\.ffn_gate_inp(?:_shexp)?\.weight|\.ssm_conv1d\.weight"
-    r"|\.shortconv\.conv\.weight|\.attn_rel_b\.weight)|(?:position_embd|token_types)\.weight|.*(?<!\.weight)"
-)
 
 
 @dataclass(frozen=True)
@@ -62,35 +62,35 @@ class Target:
 
     name: str
     shape: tuple[int, ...]  # slowest dimension first
-    type: gguf.GGMLQuantizationType
+    format: Format
     sources: tuple[Source, ...]  # empty: `values`
     values: Array | None = None
 
     @property
     def n_bytes(self) -> int:
-        import gguf
-
-        block, size = gguf.GGML_QUANT_SIZES[self.type]
-        return int(np.prod(self.shape, dtype=np.int64)) // block * size
+        return self.format.row_bytes(int(np.prod(self.shape, dtype=np.int64)))
 
     def blocks(self) -> Iterator[Array]:
-        """Float32 values in order, some rows at a time (or bytes, as a piece gives them)."""
+        """Values in order, some rows at a time, as `encoded` takes them."""
         if not self.sources:
             assert self.values is not None
             yield self.values
             return
-        first = self.sources[0]
-        if len(self.sources) == 1 and first.piece.make is None:
-            rows = first.tensor.shape[0] if first.tensor.shape else 1
-            step = max(1, BLOCK_BYTES // 4 * rows // max(1, int(np.prod(first.tensor.shape))))
+        pieces = [source.piece for source in self.sources]
+        tensors = [source.tensor for source in self.sources]
+        plain = len(pieces) == 1 and pieces[0].make is None
+        if plain or all(piece.by_row for piece in pieces):
+            rows = tensors[0].shape[0] if tensors[0].shape else 1
+            size = max(int(np.prod(tensor.shape)) for tensor in tensors)
+            step = max(1, PIECE_VALUES * rows // max(1, size))
             for at in range(0, rows, step):
-                yield first.tensor.read(at, min(step, rows - at))
-        elif first.piece.join is np.stack:
-            for source in self.sources:
-                yield _assemble([source.piece], [source.tensor.read()])
+                n = min(step, rows - at)
+                yield _assemble(pieces, [tensor.read(at, n, narrow=plain) for tensor in tensors])
+        elif pieces[0].join is np.stack:
+            for piece, tensor in zip(pieces, tensors, strict=True):
+                yield _assemble([piece], [tensor.read()])
         else:
-            arrays = [source.tensor.read() for source in self.sources]
-            yield _assemble([source.piece for source in self.sources], arrays)
+            yield _assemble(pieces, [tensor.read() for tensor in tensors])
 
 
 def _assemble(pieces: list[Piece], arrays: list[Array]) -> Array:
@@ -121,18 +121,17 @@ def convert(
     source: a folder with config.json, safetensors files and tokenizer files, or "hf:user/repo",
         which is fetched into the hub's own cache (and needs the extra `hf`).
     out: the file to write; one that is there is replaced at the end.
-    type: format of the matrices, one of TYPES.  Norms and biases are F32; rows that do not divide
-        into the format's blocks are F16; with the 4- and 5-bit formats the output head is Q8_0.
-        With tq2_0 and tq1_0, for models whose layers' weights are ternary, embeddings and head are
-        F16.
+    type: one of TYPES, and what smallm.quantize.quantize() makes of an F32 file.  Norms, biases
+        and the like are F32.  tq2_0 and tq1_0 are for models whose layers' weights are ternary,
+        which is judged.  What a checkpoint has in MXFP4 stays so.
     progress: called with (bytes done, bytes in all); None: a bar on a terminal; False: none.
 
     ModelNotFoundError, CorruptModelError, UnsupportedModelError: a file, key, tensor or value is
     missing, wrong or unknown, by name.  ValueError: unknown type.  OSError: it cannot be written.
-    Memory: about one tensor in float32.
+    Memory: some 50 MB, a tokenizer's vocabulary, and where a tensor is not stored as the file has
+    it, that tensor in float32.
     """
-    if type.lower() not in TYPES:
-        raise ValueError(f"type is {type!r}; smallm convert writes {', '.join(TYPES)}")
+    type_name = judge_type(type)
     _need()
     folder, target = _folder(source, progress), Path(out)
     if not target.parent.is_dir():
@@ -147,12 +146,13 @@ def convert(
             for key, value in read(config).items():
                 whole = key.startswith("tokenizer.")
                 keys[key if whole else f"{family.arch}.{key}"] = value
-        tensors = plan(config, family, checkpoint, type.upper())
+        heads = [keys.get(f"{family.arch}.attention.head_count{kv}") for kv in ("", "_kv")]
+        tensors = plan(config, family, checkpoint, type_name, query_groups(*heads))
     table = next(t for t in tensors if t.name == "token_embd.weight")
     with judged(folder / "tokenizer.json"):
         keys |= read_tokenizer(folder, config, table.shape[0])
     with _shown(target.name, progress) as report:
-        _write(target, family.arch, keys, tensors, type.upper(), report)
+        _write(target, family.arch, keys, tensors, type_name, report)
     return target
 
 
@@ -200,7 +200,7 @@ def _folder(source: str | os.PathLike[str], progress: Progress | bool | None) ->
 
 
 def plan(
-    config: Config, family: Family, checkpoint: dict[str, Tensor], type_name: str
+    config: Config, family: Family, checkpoint: dict[str, Tensor], type_name: str, groups: int
 ) -> list[Target]:
     """All tensors of the file.  Every tensor of the checkpoint is used, or dropped by a rule."""
     sources: dict[str, list[Source]] = {}
@@ -219,16 +219,15 @@ def plan(
     if "token_embd.weight" not in sources:
         raise CorruptModelError(f"{config.path.parent}: no tensor is the embedding table")
     _judge_layers(config, family, set(sources))
-    has_head = "output.weight" in sources
-    _judge_head(config, has_head)
-    targets = []
+    _judge_head(config, "output.weight" in sources)
+    shapes = {}
     for name, found in sources.items():
         found.sort(key=lambda s: s.piece.part)
         if [s.piece.part for s in found] != list(range(len(found))):
             names = ", ".join(s.tensor.name for s in found[:4])
             raise CorruptModelError(f"{config.path.parent}: {names} do not add up to one {name}")
         try:
-            shape = _shape(
+            shapes[name] = _shape(
                 tuple(s.piece for s in found),
                 tuple((s.tensor.shape, s.tensor.is_float) for s in found),
             )
@@ -237,11 +236,19 @@ def plan(
                 f"{found[0].tensor.path}: {found[0].tensor.name} has the shape "
                 f"{list(found[0].tensor.shape)}, which does not fit: {error}"
             ) from None
-        kind, shape = _type_of(name, shape, type_name, has_head, found)
-        targets.append(Target(name, shape, kind, tuple(found)))
-    f32 = _ggml("F32")
+    matrices = [Matrix(name, shape) for name, shape in shapes.items()]
+    choices = choose(type_name, matrices, query_groups=groups)
+    known = formats()
+    targets = []
+    for name, found in sources.items():
+        shape, fixed = shapes[name], found[0].piece.type
+        choice = known["F32"] if name not in choices else choices[name].format
+        if fixed is not None:
+            choice = known[fixed]
+            shape = (*shape[:-1], shape[-1] // choice.n_bytes * choice.n_values)
+        targets.append(Target(name, shape, choice, tuple(found)))
     for name, values in family.extra(config).items():
-        targets.append(Target(name, values.shape, f32, (), values.astype(np.float32)))
+        targets.append(Target(name, values.shape, known["F32"], (), values.astype(np.float32)))
     return sorted(targets, key=_place)
 
 
@@ -328,38 +335,6 @@ def _shape(
     return shape
 
 
-def _ggml(name: str) -> gguf.GGMLQuantizationType:
-    import gguf
-
-    return gguf.GGMLQuantizationType[name]
-
-
-def _type_of(
-    name: str, shape: tuple[int, ...], type_name: str, has_head: bool, sources: list[Source]
-) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...]]:
-    """The type of a tensor, and its shape in values."""
-    import gguf
-
-    fixed = sources[0].piece.type
-    if fixed is not None:
-        kind = _ggml(fixed)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        return kind, (*shape[:-1], shape[-1] // size * block) if block > 1 else shape
-    if len(shape) < 2 or FLOAT32.fullmatch(name):
-        return _ggml("F32"), shape
-    if name == ("output.weight" if has_head else "token_embd.weight") and type_name[:2] in (
-        "Q4",
-        "Q5",
-    ):
-        type_name = "Q8_0"  # every answer passes here
-    if name in ("output.weight", "token_embd.weight") and type_name.lower() in TERNARY:
-        type_name = "F16"
-    kind = _ggml(type_name)
-    if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
-        kind = _ggml("F16")
-    return kind, shape
-
-
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -395,57 +370,71 @@ def _kind(key: str, value: Any) -> tuple[Any, gguf.GGUFValueType, gguf.GGUFValue
     return value, _scalar(key, value), None
 
 
-def _encode(values: Array, target: Target) -> Array:
-    """The bytes of some rows in the type of `target`."""
-    import gguf
+# What holds the values of which format.
+SOURCES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16"}
 
-    if values.dtype == np.uint8 and target.sources and target.sources[0].piece.type is not None:
-        return values
+
+def encoded(target: Target, blocks: Iterator[Array]) -> Iterator[Bytes]:
+    """The bytes of a tensor, of which blocks of rows come: values, the bits of bfloat16 as uint16,
+    or the tensor's own bytes as uint8.
+
+    CorruptModelError, UnsupportedModelError: a value is not finite, or not to be written in the
+    target's format."""
     name = f"{target.sources[0].tensor.name} (for {target.name})" if target.sources else target.name
-    if not np.isfinite(values).all():
-        raise CorruptModelError(f"{name}: a value is infinite or not a number")
-    if target.type.name == "F16":
-        worst = float(np.abs(values).max(initial=0))
-        if worst > 65504:
-            raise UnsupportedModelError(
-                f"{name}: the value {worst:g} is beyond float16's 65504; take bf16, f32 or q8_0"
+    known, n_rows = formats(), 0
+    for values in blocks:
+        if values.dtype == np.uint8:
+            yield values
+            continue
+        source = SOURCES.get(values.dtype.str)
+        if source is None:
+            source, values = "F32", values.astype(np.float32)
+        values = np.ascontiguousarray(values)
+        n_cols = values.shape[-1] if values.shape else 1
+        try:
+            made = rewrite(values, known[source], target.format, n_cols)
+        except SmallmError as error:
+            place = f"{name}, counted from row {n_rows}" if n_rows else name
+            hint = "; take bf16, f32 or q8_0" if target.format.name == "F16" else ""
+            raise error.__class__(f"{place}: {error}{hint}") from None
+        if target.format.name.lower() in TERNARY:
+            back, own = (
+                rewrite(data, format, known["F32"], n_cols).view(np.float32)
+                for data, format in ((made, target.format), (values, known[source]))
             )
-    values = np.ascontiguousarray(values, np.float32)
-    encoded = gguf.quants.quantize(values, target.type)
-    if target.type.name.lower() in TERNARY:
-        lost = np.abs(gguf.quants.dequantize(encoded, target.type) - values).max(initial=0)
-        if lost > 1e-3 * np.abs(values).max(initial=0):  # a scale has 11 bits
-            raise UnsupportedModelError(
-                f"{name}: a block holds other values than -s, 0 and s; take another type"
-            )
-    return encoded
+            lost = np.abs(back - own).max(initial=0)
+            if lost > 1e-3 * np.abs(own).max(initial=0):  # a scale has 11 bits
+                raise UnsupportedModelError(
+                    f"{name}: a block holds other values than -s, 0 and s; take another type"
+                )
+        n_rows += len(made)
+        yield made
 
 
 def _write(
     path: Path, arch: str, keys: Keys, targets: list[Target], type_name: str, report: Progress
 ) -> None:
-    import gguf
-
     kinds = {key: _kind(key, value) for key, value in keys.items()}
     with gguf_writer(path, arch) as writer:
         for key, (value, kind, inner) in kinds.items():
             writer.add_key_value(key, value, kind, sub_type=inner)
-        writer.add_file_type(_file_type(type_name))
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        write_tensors(
-            writer, targets, lambda t: (_encode(block, t) for block in t.blocks()), report
-        )
+        writer.add_file_type(file_type(type_name))
+        writer.add_quantization_version(QUANTIZATION_VERSION)
+        write_tensors(writer, targets, lambda t: encoded(t, t.blocks()), report)
 
 
 def write_tensors(
     writer: gguf.GGUFWriter,
     targets: list[Target],
-    encoded: Callable[[Target], Iterator[Array]],
+    data: Callable[[Target], Iterator[Array]],
     report: Progress,
 ) -> None:
-    """Writes header, keys as the writer has got them, and all tensors, as their encoded blocks."""
+    """Writes header, keys as the writer has got them, and all tensors, whose bytes `data` gives."""
+    import gguf
+
     for t in targets:
-        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, t.type)
+        kind = gguf.GGMLQuantizationType(t.format.id)
+        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -455,7 +444,7 @@ def write_tensors(
     done, total = 0, sum(t.n_bytes for t in targets)
     for t in targets:
         begin = file.tell()
-        for block in encoded(t):
+        for block in data(t):
             file.write(np.ascontiguousarray(block).data)
             report(done + file.tell() - begin, total)
         if file.tell() - begin != t.n_bytes:
@@ -478,10 +467,3 @@ def gguf_writer(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
                 writer.close()
             raise
         writer.close()
-
-
-def _file_type(type_name: str) -> int:
-    import gguf
-
-    kinds = gguf.LlamaFileType
-    return int(kinds["ALL_F32"] if type_name == "F32" else kinds[f"MOSTLY_{type_name}"])

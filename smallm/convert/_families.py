@@ -42,8 +42,10 @@ class Piece(NamedTuple):
     make: from the tensor (float32, or integers as they are) to the piece; None: as it is.
     part, join: where a target has several pieces, `join` gets them ordered by part; the parts must
         be 0, 1, ... without gaps.
-    type: the name of a GGML type that the target has whatever was asked for; with an array of
-        uint8 from `make`, its bytes.
+    type: the name of a GGML type that the target has whatever was asked for; `join` then gives its
+        bytes, as uint8.
+    by_row: `make` and `join` may be given some rows of their tensors at a time (the matrices of
+        some experts), from the first dimension's, and then give those rows.
     """
 
     target: str
@@ -51,6 +53,7 @@ class Piece(NamedTuple):
     part: int = 0
     join: Callable[[list[Array]], Array] = np.stack
     type: str | None = None
+    by_row: bool = False
 
 
 Rule = tuple[str, Callable[[re.Match[str], Config], list[Piece]]]
@@ -543,6 +546,7 @@ def split_experts(m: re.Match[str], c: Config) -> list[Piece]:
     of a layer without experts."""
     layer, kind = m.groups()
     suffix = "_exps" if kind == "block_sparse_moe" else "_shexp" if granite_experts(c) else ""
+    by_row = suffix == "_exps"
 
     def half(second: bool) -> Callable[[Array], Array]:
         def make(x: Array) -> Array:
@@ -553,25 +557,47 @@ def split_experts(m: re.Match[str], c: Config) -> list[Piece]:
         return make
 
     return [
-        Piece(f"blk.{layer}.ffn_gate{suffix}.weight", half(False)),
-        Piece(f"blk.{layer}.ffn_up{suffix}.weight", half(True)),
+        Piece(f"blk.{layer}.ffn_gate{suffix}.weight", half(False), by_row=by_row),
+        Piece(f"blk.{layer}.ffn_up{suffix}.weight", half(True), by_row=by_row),
     ]
 
 
 def woven_experts(m: re.Match[str], c: Config) -> list[Piece]:
-    """Fused tensors [experts][inputs][gate and up rows, alternating] and biases likewise."""
-    layer, which, bias = m.groups()
-    kind = "bias" if bias else "weight"
+    """Fused tensors [experts][inputs][gate and up rows, alternating] and biases likewise; or, in
+    MXFP4, [experts][gate and up rows, alternating][blocks of 32 inputs] of scales, and in these of
+    16 bytes."""
+    layer, which, suffix = m.groups()
+    packed = suffix in ("_blocks", "_scales")
+    kind = "bias" if suffix == "_bias" else "weight"
 
     def make(first: int, step: int) -> Callable[[Array], Array]:
-        return lambda x: (x if bias else x.swapaxes(1, 2))[:, first::step]
+        turned = suffix is None
+        return lambda x: (x.swapaxes(1, 2) if turned else x)[:, first::step]
+
+    def piece(name: str, first: int, step: int) -> Piece:
+        target = f"blk.{layer}.ffn_{name}_exps.{kind}"
+        if not packed:
+            return Piece(target, make(first, step), by_row=True)
+        part = 0 if suffix == "_scales" else 1
+        return Piece(target, make(first, step), part, mxfp4_blocks, "MXFP4", by_row=True)
 
     if which == "down":
-        return [Piece(f"blk.{layer}.ffn_down_exps.{kind}", make(0, 1))]
-    return [
-        Piece(f"blk.{layer}.ffn_gate_exps.{kind}", make(0, 2)),
-        Piece(f"blk.{layer}.ffn_up_exps.{kind}", make(1, 2)),
-    ]
+        return [piece("down", 0, 1)]
+    return [piece("gate", 0, 2), piece("up", 1, 2)]
+
+
+def mxfp4_blocks(parts: list[Array]) -> Array:
+    """Scales [...][blocks] and codes [...][blocks][16], in whose bytes i are the inputs 2 i and
+    2 i + 1, as GGUF has them: the scale, then bytes in which i are the inputs i and i + 16."""
+    scales, codes = parts
+    if scales.shape != codes.shape[:-1] or codes.shape[-1] != 16 or scales.dtype != codes.dtype:
+        raise ValueError(f"scales {list(scales.shape)}, blocks {list(codes.shape)}")
+    if (scales == 255).any():
+        raise ValueError("a scale is not a number")
+    values = np.stack([codes & 15, codes >> 4], -1).reshape(*scales.shape, 2, 16)
+    blocks = np.concatenate([scales[..., None], values[..., 0, :] | values[..., 1, :] << 4], -1)
+    joined: Array = blocks.reshape(*scales.shape[:-1], -1)
+    return joined
 
 
 EXPERTS: Rule = (
@@ -1233,7 +1259,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         rules=(
             (
-                r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?",
+                r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias|_blocks|_scales)?",
                 woven_experts,
             ),
             (

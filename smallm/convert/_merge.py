@@ -18,17 +18,11 @@ from .._catalog import Progress, _shown
 from .._errors import UnsupportedModelError
 from .._generate import number
 from .._model import load
+from ..quantize._formats import Bytes, Format, formats
+from ..quantize._mix import TERNARY
+from ..quantize._quantize import PIECE_VALUES
 from ._adapter import Pair
-from ._convert import (
-    BLOCK_BYTES,
-    TERNARY,
-    TYPES,
-    Target,
-    _encode,
-    _need,
-    gguf_writer,
-    write_tensors,
-)
+from ._convert import Target, _need, encoded, gguf_writer, write_tensors
 from ._families import Array
 
 if TYPE_CHECKING:
@@ -50,9 +44,8 @@ def merge(
     scale: what the adapter adds is multiplied by this, -1e6 .. 1e6.
     progress: called with (bytes done, bytes in all); None: a bar on a terminal; False: none.
 
-    Changed matrices keep their format where it is F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0,
-    and are rounded to it once more; those of K-quants, which this version does not write, and
-    ternary ones become Q8_0.
+    Changed matrices keep their format where smallm.quantize writes it, and are rounded to it once
+    more; others, and ternary ones, become Q8_0.
 
     Errors are those of load(), with adapters; UnsupportedModelError for a split base, and where a
     value is beyond the format's range; OSError: it cannot be written.
@@ -90,12 +83,10 @@ def _read_pairs(path: str, factor: float) -> dict[str, Pair]:
     return pairs
 
 
-def _type_of(tensor: gguf.ReaderTensor, pairs: dict[str, Pair]) -> gguf.GGMLQuantizationType:
-    import gguf
-
-    name = tensor.tensor_type.name.lower()
-    kept = tensor.name not in pairs or (name in TYPES and name not in TERNARY)
-    return tensor.tensor_type if kept else gguf.GGMLQuantizationType.Q8_0
+def _format_of(tensor: gguf.ReaderTensor, pairs: dict[str, Pair]) -> Format:
+    own = formats()[tensor.tensor_type.name]
+    kept = tensor.name not in pairs or (own.writable and own.name.lower() not in TERNARY)
+    return own if kept else formats()["Q8_0"]
 
 
 def _write(path: Path, reader: gguf.GGUFReader, pairs: dict[str, Pair], report: Progress) -> None:
@@ -103,7 +94,7 @@ def _write(path: Path, reader: gguf.GGUFReader, pairs: dict[str, Pair], report: 
 
     arch = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
     targets = [
-        Target(t.name, tuple(int(n) for n in t.shape[::-1]), _type_of(t, pairs), ())
+        Target(t.name, tuple(int(n) for n in t.shape[::-1]), _format_of(t, pairs), ())
         for t in reader.tensors
     ]
     sources = {t.name: t for t in reader.tensors}
@@ -123,17 +114,23 @@ def _write(path: Path, reader: gguf.GGUFReader, pairs: dict[str, Pair], report: 
         )
 
 
-def _blocks(source: gguf.ReaderTensor, target: Target, pair: Pair | None) -> Iterator[Array]:
+def _blocks(
+    source: gguf.ReaderTensor, target: Target, pair: Pair | None
+) -> Iterator[Bytes] | Iterator[Array]:
     """The bytes of the tensor in order, some rows at a time."""
+    rows = source.data.reshape(-1, source.data.shape[-1])
+    step = max(1, PIECE_VALUES // target.shape[-1])
+    parts = (rows[first : first + step] for first in range(0, len(rows), step))
+    return parts if pair is None else encoded(target, _sums(source, parts, pair))
+
+
+def _sums(source: gguf.ReaderTensor, parts: Iterator[Any], pair: Pair) -> Iterator[Array]:
     import gguf
 
-    rows = source.data.reshape(-1, source.data.shape[-1])
-    step = max(1, BLOCK_BYTES // (4 * target.shape[-1]))
-    for first in range(0, rows.shape[0], step):
-        part: Any = rows[first : first + step]
-        if pair is not None:
-            values = gguf.quants.dequantize(part, source.tensor_type).astype(np.float64)
-            high = pair.b[first : first + step].astype(np.float64)
-            values += pair.scale * (high @ pair.a.astype(np.float64))
-            part = _encode(values.astype(np.float32), target)
-        yield np.ascontiguousarray(part)
+    first = 0
+    for part in parts:
+        values = gguf.quants.dequantize(part, source.tensor_type).astype(np.float64)
+        high = pair.b[first : first + len(values)].astype(np.float64)
+        first += len(values)
+        values += pair.scale * (high @ pair.a.astype(np.float64))
+        yield values.astype(np.float32)

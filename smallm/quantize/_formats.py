@@ -40,7 +40,7 @@ def formats() -> dict[str, Format]:
 
 
 def rewrite(
-    data: Bytes | Floats,
+    data: npt.NDArray[Any],
     source: Format,
     target: Format,
     n_cols: int,

@@ -103,6 +103,13 @@ def judge_rule(text: str) -> Rule:
     return Rule(pattern, writable[name.upper()])
 
 
+def query_groups(heads: object, kv_heads: object) -> int:
+    """Query heads of a kv head by a file's keys; 0 where they do not say it in one number."""
+    if not isinstance(heads, int):
+        return 0
+    return heads // ((kv_heads if isinstance(kv_heads, int) else 0) or heads or 1)
+
+
 def stays(matrix: Matrix) -> bool:
     """Norms, biases and the like, which no type changes."""
     return len(matrix.shape) < 2 or STAYS.fullmatch(matrix.name) is not None

@@ -25,7 +25,7 @@ from ._gguf import (
     write_header,
 )
 from ._imatrix import read_importance
-from ._mix import Choice, Matrix, choose, file_type, judge_rule, judge_type
+from ._mix import Choice, Matrix, choose, file_type, judge_rule, judge_type, query_groups
 
 PIECE_VALUES = 1 << 21  # quantized at a time: some 50 ms, between which Ctrl-C is heard
 FLOATS = ("F32", "F16", "BF16")
@@ -133,8 +133,8 @@ def _judge(header: Header) -> None:
 
 def _groups(header: Header) -> int:
     arch = header.text("general.architecture")
-    heads = header.number(f"{arch}.attention.head_count")
-    return heads // (header.number(f"{arch}.attention.head_count_kv") or heads or 1)
+    heads = [header.number(f"{arch}.attention.head_count{kv}") for kv in ("", "_kv")]
+    return query_groups(*heads)
 
 
 def _plan(
