@@ -85,12 +85,20 @@ class Target:
             step = max(1, PIECE_VALUES * rows // max(1, size))
             for at in range(0, rows, step):
                 n = min(step, rows - at)
-                yield _assemble(pieces, [tensor.read(at, n, narrow=plain) for tensor in tensors])
+                arrays = [tensor.read(at, n, narrow=plain) for tensor in tensors]
+                yield self._made(pieces, arrays)
         elif pieces[0].join is np.stack:
             for piece, tensor in zip(pieces, tensors, strict=True):
-                yield _assemble([piece], [tensor.read()])
+                yield self._made([piece], [tensor.read()])
         else:
-            yield _assemble(pieces, [tensor.read() for tensor in tensors])
+            yield self._made(pieces, [tensor.read() for tensor in tensors])
+
+    def _made(self, pieces: list[Piece], arrays: list[Array]) -> Array:
+        try:
+            return _assemble(pieces, arrays)
+        except ValueError as error:
+            tensor = self.sources[0].tensor
+            raise CorruptModelError(f"{tensor.path}: {tensor.name}: {error}") from None
 
 
 def _assemble(pieces: list[Piece], arrays: list[Array]) -> Array:
