@@ -402,7 +402,7 @@ int smallm_get_format(size_t i, smallm_format *out, smallm_error *err) {
     const struct sm_quant *q = &sm_quants[i];
     smallm_format f = {.id = q->gguf_id, .n_block_values = (int32_t)q->block_size,
                        .n_block_bytes = (int32_t)q->block_bytes,
-                       .writable = sm_quantizer((enum sm_type)i) != NULL};
+                       .writable = sm_writer((enum sm_type)i) != NULL};
     strncpy(f.name, q->name, sizeof f.name - 1);
     return sm_write_struct(out, &f, sizeof f, "smallm_format", err);
 }
@@ -417,7 +417,7 @@ static int judge_rows(const char *what, enum sm_type t, uint32_t id, const void 
     if (p->n_cols % q->block_size != 0)
         return sm_fail(err, SMALLM_E_ARGUMENT, "n_cols is %zu; rows of %s are multiples of %u", p->n_cols,
                        q->name, q->block_size);
-    if (!sm_mul(p->n_cols / q->block_size, q->block_bytes, &n) || !sm_mul(n, p->n_rows, &n) || n != n_bytes)
+    if (!sm_mul(p->n_cols, p->n_rows, &n) || !sm_mul(n / q->block_size, q->block_bytes, &n) || n != n_bytes)
         return sm_fail(err, SMALLM_E_ARGUMENT, "%s has %zu bytes, which is not %zu rows of %zu values of %s",
                        what, n_bytes, p->n_rows, p->n_cols, q->name);
     return SMALLM_OK;
@@ -432,13 +432,10 @@ int smallm_quantize(const smallm_quantize_params *params, smallm_error *err) {
     struct sm_rows rows = {.from = sm_quant_from_gguf(p.from), .to = sm_quant_from_gguf(p.to), .in = p.in,
                            .out = p.out, .n_rows = p.n_rows, .n_cols = p.n_cols,
                            .importance = p.importance};
-    if (p.n_rows >= UINT32_MAX) /* items of a phase */
-        return sm_fail(err, SMALLM_E_ARGUMENT, "n_rows is %zu; allowed are 0 to %u", p.n_rows,
-                       UINT32_MAX - 1);
     rc = judge_rows("in", rows.from, p.from, p.in, p.n_in, &p, err);
     if (rc == SMALLM_OK) rc = judge_rows("out", rows.to, p.to, p.out, p.n_out, &p, err);
     if (rc != SMALLM_OK) return rc;
-    if (!sm_quantizer(rows.to))
+    if (!sm_writer(rows.to))
         return sm_fail(err, SMALLM_E_UNSUPPORTED, "this version reads %s but does not write it",
                        sm_quants[rows.to].name);
     for (size_t i = 0; p.importance && i < p.n_cols; i++)

@@ -1,61 +1,91 @@
-/* A phase whose items are rows; a thread takes a row piece by piece. */
+/* A phase whose items are pieces of all values, which go from row to row. */
 #include "quantize.h"
 
 #include <stdatomic.h>
 
-#include "quants/fit.h"
+#include "kernels/kernels.h"
 #include "threads.h"
 
-#define PIECE ((size_t)4096) /* values: whole blocks of any format, and they stay in the first cache */
-#define ROWS_AT_ONCE 4
+#define PIECE ((size_t)4096)     /* values: whole blocks of any format, and they stay in the near caches */
+#define BLOCKS ((size_t)16)      /* fitted at once */
+#define PIECES_AT_ONCE 4
+
+struct room { /* a thread's own */
+    float x[PIECE], weights[PIECE];
+    struct sm_codes codes[BLOCKS];
+};
 
 struct phase {
     const struct sm_rows *rows;
-    sm_quantize_fn *quantize;
-    float *room;           /* [n_threads][PIECE] */
+    const struct sm_kernels *kernels;
+    const struct sm_writer *writer;
+    size_t n_values;
+    struct room *room;     /* [n_threads] */
     float *weights;        /* [n_cols], or NULL */
-    atomic_size_t bad_row; /* the first that cannot be written; n_rows: none */
+    atomic_size_t bad;     /* the first value that cannot be written; n_values: none */
 };
 
-/* The first of n values from `first` on of a row that cannot be written, or n_cols.  With values x
- * and where they were written. */
+/* The first of n values from `first` on that cannot be written, or n_values.  With values x and where
+ * they were written. */
 static size_t find_bad(const struct phase *p, const float *x, const uint8_t *out, size_t first, size_t n) {
-    const struct sm_rows *r = p->rows;
-    const struct sm_quant *to = &sm_quants[r->to];
+    const struct sm_quant *to = &sm_quants[p->rows->to];
     for (size_t i = 0; i < n; i++) {
         bool held = to->block_size == 1 || (x[i] <= SM_FIT_MAX && x[i] >= -SM_FIT_MAX);
         if (!(x[i] - x[i] == 0) || !held) return first + i;
     }
     size_t n_blocks = n / to->block_size, bad = to->find_nonfinite(out, n_blocks);
-    if (bad == n_blocks) return r->n_cols;
+    if (bad == n_blocks) return p->n_values;
     size_t most = bad * to->block_size; /* its greatest value */
     for (size_t i = most; i < (bad + 1) * to->block_size; i++)
         if (x[i] * x[i] > x[most] * x[most]) most = i;
     return first + most;
 }
 
-/* Writes a row; the first column that cannot be, or n_cols, and its value in *value. */
-static size_t write_row(const struct phase *p, size_t row, float *room, float *value) {
-    const struct sm_rows *r = p->rows;
-    const struct sm_quant *from = &sm_quants[r->from], *to = &sm_quants[r->to];
-    const uint8_t *in = (const uint8_t *)r->in + row * sm_row_bytes(r->from, r->n_cols);
-    uint8_t *out = (uint8_t *)r->out + row * sm_row_bytes(r->to, r->n_cols);
-    for (size_t first = 0, n; first < r->n_cols; first += n) {
-        n = SM_MIN(PIECE, r->n_cols - first);
-        from->dequantize(in, room, n / from->block_size);
-        bool fits = true; /* quantizers want values that are finite and not too large */
-        for (size_t i = 0; i < n && to->block_size > 1; i++)
-            fits &= room[i] <= SM_FIT_MAX && room[i] >= -SM_FIT_MAX;
-        if (fits) p->quantize(room, p->weights ? p->weights + first : NULL, out, n / to->block_size);
-        size_t bad = find_bad(p, room, out, first, n);
-        if (bad < r->n_cols) {
-            *value = room[bad - first];
-            return bad;
-        }
-        in += sm_row_bytes(r->from, n);
-        out += sm_row_bytes(r->to, n);
+/* The weights of n values from `first` on, or NULL. */
+static const float *weights_of(const struct phase *p, float *room, size_t first, size_t n) {
+    if (!p->weights) return NULL;
+    for (size_t i = 0, some, n_cols = p->rows->n_cols; i < n; i += some) {
+        size_t column = (first + i) % n_cols;
+        some = SM_MIN(n_cols - column, n - i);
+        memcpy(room + i, p->weights + column, some * sizeof *room);
     }
-    return r->n_cols;
+    return room;
+}
+
+/* Writes n values x as blocks. */
+static void write_blocks(const struct phase *p, struct room *room, size_t first, size_t n, uint8_t *out) {
+    const enum sm_type to = p->rows->to;
+    const size_t block = sm_quants[to].block_size;
+    const float *x = room->x, *w = weights_of(p, room->weights, first, n);
+    for (size_t left = n / block, some; left > 0; left -= some) {
+        some = SM_MIN(left, BLOCKS);
+        p->kernels->fit(to, x, w, some, room->codes);
+        p->writer->put(room->codes, out, some);
+        x += some * block;
+        if (w) w += some * block;
+        out += some * sm_quants[to].block_bytes;
+    }
+}
+
+/* Writes a piece; the first value of it that cannot be, or n_values, and what it is in *value. */
+static size_t write_piece(const struct phase *p, size_t piece, struct room *room, float *value) {
+    const struct sm_rows *r = p->rows;
+    const struct sm_quant *from = &sm_quants[r->from];
+    size_t first = piece * PIECE, n = SM_MIN(PIECE, p->n_values - first);
+    const uint8_t *in = (const uint8_t *)r->in + sm_row_bytes(r->from, first);
+    uint8_t *out = (uint8_t *)r->out + sm_row_bytes(r->to, first);
+    float *x = room->x;
+    from->dequantize(in, x, n / from->block_size);
+    if (p->writer->store) {
+        p->writer->store(x, out, n);
+    } else {
+        bool fits = true; /* kernels want values that are finite and not too large */
+        for (size_t i = 0; i < n; i++) fits &= x[i] <= SM_FIT_MAX && x[i] >= -SM_FIT_MAX;
+        if (fits) write_blocks(p, room, first, n, out);
+    }
+    size_t bad = find_bad(p, x, out, first, n);
+    if (bad < p->n_values) *value = x[bad - first];
+    return bad;
 }
 
 static void write_phase(void *arg, int thread, struct sm_work *work) {
@@ -63,10 +93,9 @@ static void write_phase(void *arg, int thread, struct sm_work *work) {
     size_t begin, end;
     float value;
     while (sm_work_take(work, &begin, &end))
-        for (size_t row = begin; row < end; row++) {
-            if (write_row(p, row, p->room + (size_t)thread * PIECE, &value) == p->rows->n_cols) continue;
-            size_t known = atomic_load(&p->bad_row);
-            while (row < known && !atomic_compare_exchange_weak(&p->bad_row, &known, row)) {}
+        for (size_t piece = begin; piece < end; piece++) {
+            size_t bad = write_piece(p, piece, &p->room[thread], &value), known = atomic_load(&p->bad);
+            while (bad < known && !atomic_compare_exchange_weak(&p->bad, &known, bad)) {}
         }
 }
 
@@ -82,13 +111,14 @@ static bool weigh(const float *importance, size_t n, float *weights) {
 }
 
 int sm_quantize_rows(const struct sm_rows *rows, int n_threads, smallm_error *err) {
-    struct phase p = {.rows = rows, .quantize = sm_quantizer(rows->to)};
+    struct phase p = {.rows = rows, .writer = sm_writer(rows->to), .n_values = rows->n_rows * rows->n_cols};
     struct sm_pool *pool = NULL;
-    atomic_init(&p.bad_row, rows->n_rows);
-    int status = sm_pool_new(n_threads, &pool, err);
+    atomic_init(&p.bad, p.n_values);
+    int status = sm_kernels_get(&p.kernels, err);
+    if (status == SMALLM_OK) status = sm_pool_new(n_threads, &pool, err);
     if (status != SMALLM_OK) goto fail;
     status = SMALLM_E_MEMORY;
-    p.room = sm_alloc((size_t)n_threads * PIECE * sizeof *p.room);
+    p.room = sm_alloc((size_t)n_threads * sizeof *p.room);
     if (rows->importance) p.weights = sm_calloc(rows->n_cols, sizeof *p.weights);
     if (!p.room || (rows->importance && !p.weights)) {
         sm_fail(err, status, "no memory for quantizing rows of %zu values", rows->n_cols);
@@ -98,17 +128,17 @@ int sm_quantize_rows(const struct sm_rows *rows, int n_threads, smallm_error *er
         sm_free(p.weights);
         p.weights = NULL;
     }
-    sm_pool_run(pool, rows->n_rows, ROWS_AT_ONCE, write_phase, &p);
+    sm_pool_run(pool, (p.n_values + PIECE - 1) / PIECE, PIECES_AT_ONCE, write_phase, &p);
     status = SMALLM_OK;
-    size_t row = atomic_load(&p.bad_row);
-    if (row < rows->n_rows) {
+    size_t bad = atomic_load(&p.bad);
+    if (bad < p.n_values) {
         float value = 0;
-        size_t column = write_row(&p, row, p.room, &value);
+        write_piece(&p, bad / PIECE, p.room, &value);
         bool finite = value - value == 0;
         status = finite ? SMALLM_E_UNSUPPORTED : SMALLM_E_CORRUPT;
         sm_fail(err, status, finite ? "row %zu, column %zu: the value %g is beyond what %s holds"
                                     : "row %zu, column %zu: the value is %g, not a finite number",
-                row, column, (double)value, sm_quants[rows->to].name);
+                bad / rows->n_cols, bad % rows->n_cols, (double)value, sm_quants[rows->to].name);
     }
 fail:
     sm_pool_free(pool);

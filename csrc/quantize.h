@@ -1,7 +1,7 @@
 /* Rows of numbers from one weight format into another, by a pool of threads.
  *
- * The result depends on nothing but the numbers and their importance: rows are independent, and what
- * a format's quantizer gives is the same on every machine (quants/fit.h). */
+ * The result depends on nothing but the numbers and their importance: blocks are independent, and what
+ * kernels find for one is the same on every machine (kernels/fit.h). */
 #ifndef SM_QUANTIZE_H
 #define SM_QUANTIZE_H
 
@@ -11,7 +11,7 @@ struct sm_rows {
     enum sm_type from, to;  /* to can be written */
     const void *in;         /* [n_rows] rows of n_cols values in `from` */
     void *out;              /* the same in `to` */
-    size_t n_rows, n_cols;  /* n_cols: whole blocks of both */
+    size_t n_rows, n_cols;  /* n_cols: whole blocks of both; the product is a size_t */
     const float *importance; /* [n_cols] finite and >= 0, or NULL */
 };
 

@@ -46,22 +46,88 @@ def loss(x: np.ndarray, values: np.ndarray, weights: Any = 1) -> float:
 
 # ---- numbers -------------------------------------------------------------------------------------
 
-# Relative root mean square errors of numbers() that the formats are known to reach.
-ERRORS = {
-    "Q4_0": 0.0815, "Q4_1": 0.0745, "Q5_0": 0.0410, "Q5_1": 0.0363, "Q8_0": 0.0054,
-    "Q2_K": 0.278, "Q3_K": 0.147, "Q4_K": 0.0705, "Q5_K": 0.0350, "Q6_K": 0.0173,
-    "TQ1_0": 0.437, "TQ2_0": 0.437,
-}  # fmt: skip
+IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+FP4 = [-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_errors_are_small(name: str) -> None:
-    x = numbers()
-    assert np.sqrt(loss(x, written(x, name)[1]) / loss(x, 0 * x)) < ERRORS[name]
+def least_loss_of_a_scale(x: np.ndarray, steps: np.ndarray) -> float:
+    """Of all scales and codes for x [n]: every change of a code is a place to look between."""
+    middles = (steps[1:] + steps[:-1]) / 2
+    ids = np.unique((middles[None] / x[x != 0][:, None]).ravel())
+    ids = np.concatenate([ids[:1] - 1, (ids[1:] + ids[:-1]) / 2, ids[-1:] + 1])
+    q = steps[np.searchsorted(middles, x[None] * ids[:, None])]
+    qq = (q * q).sum(1)
+    gain = np.divide((q @ x) ** 2, qq, out=np.zeros(len(ids)), where=qq > 0)
+    return float(x @ x - gain.max())
+
+
+def least_loss_of_a_line(x: np.ndarray, top: int, below: bool) -> float:
+    """Of many lines to 0 .. top, each with the codes next to it and then that of least squares."""
+    low, high = min(x.min(), 0 if below else x.min()), x.max()
+    inset = np.linspace(-0.05, 0.45, 60) * (high - low)
+    m, end = (v.ravel() for v in np.meshgrid(low + inset, high - inset))
+    d = np.maximum(end - m, 1e-6) / top
+    if below:
+        m = np.minimum(m, 0)
+    for _ in range(3):
+        q = np.clip(np.rint((x - m[:, None]) / d[:, None]), 0, top)
+        sq, sqq, sxq, n, sx = q.sum(1), (q * q).sum(1), q @ x, len(x), x.sum()
+        det = np.maximum(n * sqq - sq * sq, 1e-12)
+        d, m = (n * sxq - sx * sq) / det, (sqq * sx - sq * sxq) / det
+        if below:
+            d, m = np.where(m > 0, sxq / np.maximum(sqq, 1e-12), d), np.minimum(m, 0)
+        d = np.maximum(d, 1e-9)
+    losses = ((x - d[:, None] * q - m[:, None]) ** 2).sum(1)
+    return float(losses.min())
+
+
+# How near the losses come to the least that there are with scales (and mins) of any value for each
+# sub-block; those of K-quants have 4 (Q2_K), 6 or 8 (Q6_K) bits.  Values of a sub-block, and codes.
+WITHIN: dict[str, tuple[float, int, Any]] = {
+    "Q4_0": (1.01, 32, range(-8, 8)),
+    "Q5_0": (1.01, 32, range(-16, 16)),
+    "IQ4_NL": (1.01, 32, IQ4),
+    "TQ1_0": (1.001, 256, range(-1, 2)),
+    "TQ2_0": (1.001, 256, range(-1, 2)),
+    "Q3_K": (1.02, 16, range(-4, 4)),
+    "Q6_K": (1.12, 16, range(-32, 32)),
+    "IQ4_XS": (1.04, 32, IQ4),
+    "Q4_1": (1.08, 32, 15),
+    "Q5_1": (1.05, 32, 31),
+    "Q2_K": (1.08, 16, -3),
+    "Q4_K": (1.06, 32, -15),
+    "Q5_K": (1.12, 32, -31),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_errors_are_near_the_least_there_are(name: str) -> None:
+    x = numbers(2)
+    factor, n, codes = WITHIN[name]
+    least = 0.0
+    for block in x.astype(np.float64).reshape(-1, n):
+        if isinstance(codes, int):
+            least += least_loss_of_a_line(block, abs(codes), codes < 0)
+        else:
+            least += least_loss_of_a_scale(block, np.array(codes, np.float64))
+    assert loss(x, written(x, name)[1]) < factor * least
     assert not loss(0 * x, written(0 * x, name)[1])
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"])
+def test_powers_of_two_are_the_best_there_are() -> None:
+    x, steps = numbers(4), np.array(FP4)
+    blocks = x.astype(np.float64).reshape(-1, 32)
+    least = np.full(len(blocks), np.inf)
+    for e in range(-20, 5):
+        near = np.abs(blocks[..., None] / 2.0**e - steps).argmin(-1)
+        least = np.minimum(least, ((blocks - steps[near] * 2.0**e) ** 2).sum(1))
+    assert np.isclose(loss(x, written(x, "MXFP4")[1]), least.sum(), rtol=1e-6)
+
+
+PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_errors_are_below_those_of_plain_rounding(name: str) -> None:
     x = numbers()
     plain = gguf.quants.quantize(x, GgmlType[name])
@@ -78,7 +144,7 @@ def test_floats_are_rounded_to_the_nearest() -> None:
 
 
 # The 32-wide formats' grids can be found again; those of 256 have scales of scales.
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("name", [*PLAIN, "IQ4_NL"])
 def test_what_is_on_the_grid_stays(name: str) -> None:
     _, once = written(numbers(), name)
     _, twice = written(once.astype(np.float32), name)
@@ -89,7 +155,7 @@ def test_what_is_on_the_grid_stays(name: str) -> None:
 def test_ternary_numbers_are_exact_where_a_format_can(name: str) -> None:
     x = np.float32(0.03125) * np.random.default_rng(1).integers(-1, 2, (4, 256)).astype(np.float32)
     _, values = written(x, name)
-    if name.startswith("TQ"):
+    if name in ("TQ1_0", "TQ2_0", "MXFP4"):
         assert np.array_equal(values, x)
     else:
         assert np.abs(values - x).max() < 0.004
@@ -97,8 +163,8 @@ def test_ternary_numbers_are_exact_where_a_format_can(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_importance_moves_errors_to_where_they_do_not_matter(name: str) -> None:
-    if name == "Q8_0":
-        pytest.skip("8 bits leave nothing to choose")
+    if name in ("Q8_0", "MXFP4"):
+        pytest.skip("there is nothing, or next to nothing, to choose")
     x = numbers()
     weights = np.where(np.arange(x.shape[1]) % 3 == 0, 9, 0.2).astype(np.float32)
     _, plain = written(x, name)
@@ -108,7 +174,7 @@ def test_importance_moves_errors_to_where_they_do_not_matter(name: str) -> None:
     assert np.array_equal(written(x, name, importance=weights * 1024)[1], weighted)
 
 
-DIGEST = "abb5a7671849851c4766ffe9e4254163b4a4b7170dd5978902c8cbd876bc9c11"
+DIGEST = "176fdbed139038b0025ee6e52d5d87dbcda7d59bd4d2f18dcb56b4bb8b3c3ca4"
 
 
 def test_the_bytes_are_the_same_everywhere_and_for_all_threads() -> None:
@@ -134,7 +200,7 @@ def test_any_magnitude(name: str) -> None:
         assert np.isfinite(values).all()
         # What half a unit of the smallest float16, as a scale of codes below 32, may cost.
         assert loss(x, values) <= 1.0001 * loss(x, 0 * x) + x.size * (31 * 2.0**-25) ** 2
-    for value in (1e9, 3e38):
+    for value in (3e38,) if name == "MXFP4" else (1e9, 3e38):
         x = numbers()
         x[3, 300] = -value
         with pytest.raises(smallm.UnsupportedModelError, match="row 3, column 300: the value -"):
@@ -212,8 +278,10 @@ def test_each_type_runs_and_keeps_what_the_file_says(
     assert made.size == made.path.stat().st_size and not made.narrow
     kinds = types_of(made.path)
     assert {k: list(kinds.values()).count(k) for k in made.tensors} == made.tensors
-    base = type_name.upper()[:4].rstrip("_") if type_name[:2] != "tq" else type_name.upper()
-    assert kinds["blk.1.ffn_gate.weight"] == base
+    assert kinds["blk.1.ffn_gate.weight"] == {
+        "mxfp4_moe": "Q8_0", "tq1_0": "TQ1_0", "tq2_0": "TQ2_0",
+        "iq4_nl": "IQ4_NL", "iq4_xs": "IQ4_XS",
+    }.get(type_name, type_name.upper()[:4].rstrip("_"))  # fmt: skip
     for o, n in zip(old.tensors, new.tensors, strict=True):
         assert (o.name, tuple(o.shape)) == (n.name, tuple(n.shape))
         if n.tensor_type == o.tensor_type:
@@ -226,7 +294,8 @@ def test_each_type_runs_and_keeps_what_the_file_says(
     # Of what this model's logits vary by, which its weights move a lot: about twice with each bit.
     allowed = {"f": 0.001, "b": 0.02, "8": 0.08, "6": 0.18, "5": 0.36, "4": 0.7, "3": 1.0, "2": 1.3}
     error = np.sqrt(np.mean(off**2)) / expected.std()
-    assert error < allowed.get(type_name[0 if type_name[0] in "fb" else 1], 1.5)
+    kind = "8" if type_name == "mxfp4_moe" else type_name.removeprefix("i")
+    assert error < allowed.get(kind[0 if kind[0] in "fb8" else 1], 1.5)
 
 
 def test_llama_cpp_loads_each_type(wide: Path, tmp_path: Path) -> None:
@@ -245,6 +314,8 @@ MIXES = {
     "q4_k_m": {"Q4_K", "Q6_K"},
     "q5_k_s": {"Q5_K", "Q6_K"},
     "q5_k_m": {"Q5_K", "Q6_K"},
+    "iq4_nl": {"IQ4_NL", "Q5_K", "Q6_K"},
+    "iq4_xs": {"IQ4_XS", "Q5_K", "Q6_K"},
 }
 
 
@@ -265,6 +336,8 @@ def test_rows_that_no_256_divides_get_a_format_of_their_kind(narrow: Path, tmp_p
     assert made.narrow["Q4_1 for Q4_K"] == list(kinds.values()).count("Q4_1")
     with smallm.load(made.path, threads=1) as model:
         assert np.isfinite(model.logits([5, 6, 7])).all()
+    made = quantize(narrow, tmp_path / "out.gguf", "iq4_xs", progress=False)
+    assert types_of(made.path)["blk.0.attn_q.weight"] == "IQ4_NL"
 
 
 def test_keep(narrow: Path, tmp_path: Path) -> None:
@@ -334,15 +407,31 @@ def test_importance_of_a_file(wide: Path, tmp_path: Path, write: Any) -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_importance_of_experts(tmp_path: Path) -> None:
+def write_experts(path: Path) -> tuple[str, np.ndarray]:
+    """A matrix of three experts, and a plain one."""
     name = "blk.0.ffn_down_exps.weight"
     x = numbers(3 * 8, 64).reshape(3, 8, 64)
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "x")
+    writer = gguf.GGUFWriter(path, "x")
     writer.add_tensor(name, x)
+    writer.add_tensor("blk.0.attn_q.weight", x[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return name, x
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    name, x = write_experts(tmp_path / "m.gguf")
+    made = quantize(tmp_path / "m.gguf", tmp_path / "o", "MXFP4_MOE", progress=False)
+    tensors = {t.name: t for t in gguf.GGUFReader(made.path).tensors}
+    assert types_of(made.path) == {name: "MXFP4", "blk.0.attn_q.weight": "Q8_0"}
+    values = gguf.quants.dequantize(tensors[name].data, GgmlType.MXFP4).reshape(x.shape)
+    assert np.array_equal(values, written(x.reshape(-1, 64), "MXFP4")[1].reshape(x.shape))
+
+
+def test_importance_of_experts(tmp_path: Path) -> None:
+    name, x = write_experts(tmp_path / "m.gguf")
     weights = np.random.default_rng(5).random((3, 64)).astype(np.float32)
     weights[1] = 0  # never asked
     write_imatrix(tmp_path / "i", {name: weights})

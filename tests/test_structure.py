@@ -45,7 +45,7 @@ MAY_INCLUDE = {
         "os",
         "mathx",
     },
-    "quantize": {"quants", "threads"},
+    "quantize": {"kernels", "quants", "threads"},
     "adapter": {"model", "os"},
     "cache": {"arch", "kernels"},
     "peaks": set(),

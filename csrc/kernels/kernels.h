@@ -83,6 +83,9 @@
  * e_i = expf(l_i - m), of all experts or of the chosen ones alone; l = tree16 of lanes
  * lane[i % 16] += e_i, i ascending, counted over those; weight_i = (e_i * (1 / l)) * scale.
  * The experts' results add up in that order: add_scaled, out_r = fma(weight, y_r, out_r).
+ *
+ * Quantizing weights (fit).  fit.h is the contract: sums over a sub-block go through its values in
+ * order, one lane to a sub-block, each product and sum rounded once.
  */
 #ifndef SM_KERNELS_H
 #define SM_KERNELS_H
@@ -208,6 +211,12 @@ struct sm_ssm_step {
     size_t head, n_state;  /* head <= SM_HEAD_MAX */
 };
 
+/* The codes, scales and mins of n_blocks blocks of a format that can be written: out [n_blocks], of values
+ * x [n_blocks * block_size], finite and at most SM_FIT_MAX in magnitude.  w, of the same shape, tells how
+ * much an error matters: finite, of mean about 1; NULL: everywhere the same. */
+typedef void sm_fit_fn(enum sm_type t, const float *x, const float *w, size_t n_blocks,
+                       struct sm_codes *out);
+
 struct sm_kernels {
     const char *name; /* the tier's, as SMALLM_ISA writes it */
 
@@ -256,6 +265,7 @@ struct sm_kernels {
     bool (*route)(uint16_t *ids, float *weights, size_t n_used, const float *logits, size_t n_expert,
                   bool of_chosen, float scale);
     void (*peaks)(float *out, const float *x, size_t n);                      /* peaks.h */
+    sm_fit_fn *fit;
 };
 
 /* The process's kernels: the best tier of isas.def that the CPU can run, or SMALLM_ISA's.

@@ -7,23 +7,11 @@
 #define ROWS SM_PANEL_ROWS
 #define INLINE static inline __attribute__((always_inline))
 
-/* Row of codes.def, or block 0 for float formats. */
-static struct sm_layout layout_of(enum sm_type t) {
-    switch (t) {
-#define SM_CODES(NAME, name, ...) \
-    case SM_TYPE_##NAME: return sm_layout_##name();
-#define SM_SAME(NAME, name, AS, as) SM_CODES(NAME, name, )
-#include "../quants/codes.def"
-#undef SM_CODES
-    default: return (struct sm_layout){0};
-    }
-}
-
 /* The float type of a panel's values. */
 static enum sm_type as_kept(enum sm_type t) { return t == SM_TYPE_NVFP4 ? SM_TYPE_BF16 : t; }
 
 size_t sm_panel_bytes(enum sm_type t, size_t k) {
-    struct sm_layout f = layout_of(t);
+    struct sm_layout f = sm_layout_of(t);
     if (f.block == 0) return sm_round_up(k, SM_SLAB) * ROWS * sm_quants[as_kept(t)].block_bytes;
     return sm_round_up(k / (size_t)f.block * sm_layout_bytes(f), SM_ALIGN);
 }
@@ -125,7 +113,7 @@ void sm_panel_pack(enum sm_type t, void *panel, const void *rows, size_t n_rows,
 }
 
 void sm_panel_row(enum sm_type t, const void *panel, size_t row, size_t k, float *out) {
-    struct sm_layout f = layout_of(t);
+    struct sm_layout f = sm_layout_of(t);
     const uint8_t *p = panel;
     if (f.block == 0) {
         size_t size = sm_quants[as_kept(t)].block_bytes;

@@ -43,5 +43,6 @@ void SM_NAME(sm_add_scaled)(float *out, const float *x, float a, size_t n);
 bool SM_NAME(sm_route)(uint16_t *ids, float *weights, size_t n_used, const float *logits,
                        size_t n_expert, bool of_chosen, float scale);
 void SM_NAME(sm_peaks)(float *out, const float *x, size_t n);
+sm_fit_fn SM_NAME(sm_fit);
 
 #endif

@@ -14,10 +14,9 @@ size_t sm_find_nonfinite_bf16(const void *blocks, size_t n_blocks) {
     return n_blocks;
 }
 
-void sm_quantize_bf16(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    (void)w;
-    uint8_t *p = blocks;
-    for (size_t i = 0; i < n_blocks; i++, p += 2) {
+void sm_store_bf16(const float *x, void *out, size_t n) {
+    uint8_t *p = out;
+    for (size_t i = 0; i < n; i++, p += 2) {
         uint16_t h = sm_f32_to_bf16(x[i]);
         p[0] = (uint8_t)h;
         p[1] = (uint8_t)(h >> 8);

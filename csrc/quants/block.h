@@ -78,7 +78,7 @@ static inline void sm_scales_mins(const uint8_t packed[12], struct sm_parts *p) 
 }
 
 /* The other way round. */
-static inline void sm_put_scales_mins(const int scale[8], const int min[8], uint8_t packed[12]) {
+static inline void sm_put_scales_mins(const int16_t scale[8], const int16_t min[8], uint8_t packed[12]) {
     for (int s = 0; s < 4; s++) {
         packed[s] = (uint8_t)(scale[s] | scale[s + 4] >> 4 << 6);
         packed[s + 4] = (uint8_t)(min[s] | min[s + 4] >> 4 << 6);
@@ -99,11 +99,27 @@ static inline void sm_put_planes(const uint8_t code[256], int bits, int first, u
         }
 }
 
+static inline void sm_put_f16(uint8_t at[2], float x) {
+    uint16_t h = sm_f32_to_f16(x);
+    at[0] = (uint8_t)h;
+    at[1] = (uint8_t)(h >> 8);
+}
+
+/* 32 codes of four bits: nibbles of j and j + 16. */
+static inline void sm_put_nibbles(const uint8_t code[32], uint8_t at[16]) {
+    for (int j = 0; j < 16; j++) at[j] = (uint8_t)((code[j] & 15) | code[j + 16] << 4);
+}
+
+/* stored[code] = the stored code of each code that a table lists, the first of those alike. */
+static inline void sm_table_places(enum sm_table_id table, uint8_t stored[256]) {
+    for (int i = 15; i >= 0; i--) stored[sm_table(table)[i]] = (uint8_t)i;
+}
+
 /* 32 codes of five bits: the top bits in order, and the low ones as nibbles of j and j + 16. */
 static inline void sm_put_five(const uint8_t code[32], uint8_t high[4], uint8_t low[16]) {
     memset(high, 0, 4);
     for (int j = 0; j < 32; j++) high[j / 8] |= (uint8_t)(code[j] >> 4 << j % 8);
-    for (int j = 0; j < 16; j++) low[j] = (uint8_t)((code[j] & 15) | (code[j + 16] & 15) << 4);
+    sm_put_nibbles(code, low);
 }
 
 /* The planes of a block of 256 from its codes in order, of low + high bits. */
@@ -140,6 +156,12 @@ static inline unsigned sm_even_signs(uint32_t seven) {
     void sm_parts_##name(const void *blocks, size_t stride, size_t n, struct sm_parts *parts) {   \
         for (size_t i = 0; i < n; i++)                                                            \
             take((const struct block *)((const uint8_t *)blocks + i * stride), &parts[i]);        \
+    }
+
+/* Defines sm_put_<name> from a static inline `put`, which writes one struct block. */
+#define SM_DEFINE_PUT(name)                                                                       \
+    void sm_put_##name(const struct sm_codes *codes, void *blocks, size_t n) {                    \
+        for (size_t i = 0; i < n; i++) put((struct block *)blocks + i, &codes[i]);                \
     }
 
 #endif

@@ -17,3 +17,12 @@ SM_DEFINE_PARTS(iq4_nl)
 size_t sm_find_nonfinite_iq4_nl(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);
 }
+
+static inline void put(struct block *b, const struct sm_codes *c) {
+    uint8_t stored[256], code[32];
+    sm_table_places(SM_TABLE_IQ4, stored);
+    for (int j = 0; j < 32; j++) code[j] = stored[c->code[j]];
+    sm_put_f16(b->d, c->d);
+    sm_put_nibbles(code, b->codes);
+}
+SM_DEFINE_PUT(iq4_nl)

@@ -25,3 +25,21 @@ SM_DEFINE_PARTS(iq4_xs)
 size_t sm_find_nonfinite_iq4_xs(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);
 }
+
+static inline void put(struct block *b, const struct sm_codes *c) {
+    uint8_t stored[256], code[32];
+    uint16_t top = 0;
+    sm_table_places(SM_TABLE_IQ4, stored);
+    sm_put_f16(b->d, c->d);
+    memset(b->scales_low, 0, sizeof b->scales_low);
+    for (int s = 0; s < 8; s++) {
+        int scale = c->scale[2 * s] + 32;
+        b->scales_low[s / 2] |= (uint8_t)((scale & 15) << s % 2 * 4);
+        top |= (uint16_t)(scale >> 4 << 2 * s);
+        for (int j = 0; j < 32; j++) code[j] = stored[c->code[32 * s + j]];
+        sm_put_nibbles(code, b->codes + 16 * s);
+    }
+    b->scales_high[0] = (uint8_t)top;
+    b->scales_high[1] = (uint8_t)(top >> 8);
+}
+SM_DEFINE_PUT(iq4_xs)

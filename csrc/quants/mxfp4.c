@@ -23,3 +23,14 @@ size_t sm_find_nonfinite_mxfp4(const void *blocks, size_t n_blocks) {
         if (b[i].e > LARGEST_E) return i;
     return n_blocks;
 }
+
+static inline void put(struct block *b, const struct sm_codes *c) {
+    uint8_t stored[256], code[32];
+    uint32_t bits; /* of a power of two: 2^(e - 128) has the exponent e - 1 */
+    sm_table_places(SM_TABLE_FP4, stored);
+    for (int j = 0; j < 32; j++) code[j] = stored[c->code[j]];
+    memcpy(&bits, &c->d, sizeof bits);
+    b->e = (uint8_t)(bits == 0 ? 0 : (bits >> 23) + 1);
+    sm_put_nibbles(code, b->codes);
+}
+SM_DEFINE_PUT(mxfp4)

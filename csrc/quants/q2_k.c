@@ -1,6 +1,6 @@
 /* Q2_K: 256 values in 16 sub-blocks of 16: (d * scale) * code - (dmin * min), codes of 2 bits,
  * scales and mins of 4. */
-#include "fit.h"
+#include "block.h"
 
 struct block {
     uint8_t scales[16]; /* sub-block's scale in the low nibble, min in the high one */
@@ -21,16 +21,10 @@ size_t sm_find_nonfinite_q2_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);
 }
 
-void sm_quantize_q2_k(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    static const float tops[] = {3, 3.4f, 2.7f, 2.4f, 2.1f, 1.8f, 1.5f, 1.2f};
-    struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, x += SM_SUPER, w = w ? w + SM_SUPER : NULL) {
-        struct sm_lined f = sm_fit_lined(x, w, 16, 3, 15, tops, SM_COUNT(tops));
-        uint8_t code[SM_SUPER];
-        sm_lined_codes(&f, x, 16, 3, code);
-        sm_put_f16(b->d, f.d);
-        sm_put_f16(b->dmin, f.m);
-        for (int s = 0; s < 16; s++) b->scales[s] = (uint8_t)(f.scale[s] | f.min[s] << 4);
-        sm_put_planes(code, 2, 0, b->codes);
-    }
+static inline void put(struct block *b, const struct sm_codes *c) {
+    sm_put_f16(b->d, c->d);
+    sm_put_f16(b->dmin, c->m);
+    for (int s = 0; s < 16; s++) b->scales[s] = (uint8_t)(c->scale[s] | c->min[s] << 4);
+    sm_put_planes(c->code, 2, 0, b->codes);
 }
+SM_DEFINE_PUT(q2_k)

@@ -1,5 +1,5 @@
 /* Q4_0: 32 values d * (code - 8), codes of 4 bits. */
-#include "fit.h"
+#include "block.h"
 
 struct block {
     uint8_t d[2];     /* float16 */
@@ -18,14 +18,8 @@ size_t sm_find_nonfinite_q4_0(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);
 }
 
-void sm_quantize_q4_0(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    static const float peaks[] = {-8, -7.5f, -7, -6.5f, -8.5f, -6, 7, 7.5f, 6.5f, 6};
-    struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, x += 32, w = w ? w + 32 : NULL) {
-        float d = sm_fit_scale(x, w, 32, -8, 7, peaks, SM_COUNT(peaks));
-        uint8_t code[32];
-        sm_put_f16(b->d, d);
-        sm_codes_of(x, 32, sm_inverse(sm_f16_at(b->d)), 0, -8, 7, 8, code);
-        for (int j = 0; j < 16; j++) b->codes[j] = (uint8_t)(code[j] | code[j + 16] << 4);
-    }
+static inline void put(struct block *b, const struct sm_codes *c) {
+    sm_put_f16(b->d, c->d);
+    sm_put_nibbles(c->code, b->codes);
 }
+SM_DEFINE_PUT(q4_0)

@@ -1,5 +1,5 @@
 /* Q5_0: 32 values d * (code - 16), codes of 5 bits. */
-#include "fit.h"
+#include "block.h"
 
 struct block {
     uint8_t d[2];      /* float16 */
@@ -20,14 +20,8 @@ size_t sm_find_nonfinite_q5_0(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);
 }
 
-void sm_quantize_q5_0(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    static const float peaks[] = {-16, -15.5f, -15, -14.5f, -16.5f, -14, 15, 15.5f, 14.5f, 14};
-    struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, x += 32, w = w ? w + 32 : NULL) {
-        float d = sm_fit_scale(x, w, 32, -16, 15, peaks, SM_COUNT(peaks));
-        uint8_t code[32];
-        sm_put_f16(b->d, d);
-        sm_codes_of(x, 32, sm_inverse(sm_f16_at(b->d)), 0, -16, 15, 16, code);
-        sm_put_five(code, b->high, b->codes);
-    }
+static inline void put(struct block *b, const struct sm_codes *c) {
+    sm_put_f16(b->d, c->d);
+    sm_put_five(c->code, b->high, b->codes);
 }
+SM_DEFINE_PUT(q5_0)

@@ -1,6 +1,6 @@
 /* Q5_K: 256 values in 8 sub-blocks of 32: (d * scale) * code - (dmin * min), codes of 5 bits,
  * scales and mins of 6. */
-#include "fit.h"
+#include "block.h"
 
 struct block {
     uint8_t d[2], dmin[2]; /* float16 */
@@ -23,17 +23,11 @@ size_t sm_find_nonfinite_q5_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 2);
 }
 
-void sm_quantize_q5_k(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    static const float tops[] = {31, 30.2f, 29.4f, 28.6f, 31.6f};
-    struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, x += SM_SUPER, w = w ? w + SM_SUPER : NULL) {
-        struct sm_lined f = sm_fit_lined(x, w, 32, 31, 63, tops, SM_COUNT(tops));
-        uint8_t code[SM_SUPER];
-        sm_lined_codes(&f, x, 32, 31, code);
-        sm_put_f16(b->d, f.d);
-        sm_put_f16(b->dmin, f.m);
-        sm_put_scales_mins(f.scale, f.min, b->scales);
-        sm_put_planes(code, 4, 0, b->codes);
-        sm_put_planes(code, 1, 4, b->high);
-    }
+static inline void put(struct block *b, const struct sm_codes *c) {
+    sm_put_f16(b->d, c->d);
+    sm_put_f16(b->dmin, c->m);
+    sm_put_scales_mins(c->scale, c->min, b->scales);
+    sm_put_planes(c->code, 4, 0, b->codes);
+    sm_put_planes(c->code, 1, 4, b->high);
 }
+SM_DEFINE_PUT(q5_k)

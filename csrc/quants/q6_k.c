@@ -1,6 +1,6 @@
 /* Q6_K: 256 values in 16 sub-blocks of 16: (d * scale) * (code - 32), codes of 6 bits, signed
  * scales of 8. */
-#include "fit.h"
+#include "block.h"
 
 struct block {
     uint8_t low[128];  /* byte 64 h + j: low bits of value 128 h + j, and of 128 h + 64 + j above */
@@ -24,19 +24,13 @@ size_t sm_find_nonfinite_q6_k(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);
 }
 
-void sm_quantize_q6_k(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    static const float peaks[] = {-32, -31.3f, -30.6f, -29.9f, -32.6f, 31, 30.3f};
-    struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, x += SM_SUPER, w = w ? w + SM_SUPER : NULL) {
-        struct sm_scaled f = sm_fit_scaled(x, w, 16, -32, 31, -128, 127, peaks, SM_COUNT(peaks));
-        uint8_t code[SM_SUPER];
-        sm_scaled_codes(&f, x, 16, -32, 31, code);
-        sm_put_f16(b->d, f.d);
-        for (int s = 0; s < 16; s++) b->scales[s] = (int8_t)f.scale[s];
-        for (int j = 0; j < 128; j++) {
-            const uint8_t *c = code + j / 64 * 128 + j % 64;
-            b->low[j] = (uint8_t)((c[0] & 15) | (c[64] & 15) << 4);
-        }
-        sm_put_planes(code, 2, 4, b->high);
+static inline void put(struct block *b, const struct sm_codes *c) {
+    sm_put_f16(b->d, c->d);
+    for (int s = 0; s < 16; s++) b->scales[s] = (int8_t)c->scale[s];
+    for (int j = 0; j < 128; j++) {
+        const uint8_t *code = c->code + j / 64 * 128 + j % 64;
+        b->low[j] = (uint8_t)((code[0] & 15) | (code[64] & 15) << 4);
     }
+    sm_put_planes(c->code, 2, 4, b->high);
 }
+SM_DEFINE_PUT(q6_k)

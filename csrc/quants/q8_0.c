@@ -1,5 +1,5 @@
 /* Q8_0: 32 values d * (code - 128): the file's signed bytes with the sign bit turned. */
-#include "fit.h"
+#include "block.h"
 
 struct block {
     uint8_t d[2]; /* float16 */
@@ -19,12 +19,8 @@ size_t sm_find_nonfinite_q8_0(const void *blocks, size_t n_blocks) {
     return sm_find_bad_f16(blocks, n_blocks, sizeof(struct block), offsetof(struct block, d), 1);
 }
 
-void sm_quantize_q8_0(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    (void)w; /* 8 bits leave nothing to choose */
-    struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, x += 32) {
-        float peak = sm_peak(x, 32);
-        sm_put_f16(b->d, (peak < 0 ? -peak : peak) / 127);
-        sm_codes_of(x, 32, sm_inverse(sm_f16_at(b->d)), 0, -127, 127, 0, b->codes);
-    }
+static inline void put(struct block *b, const struct sm_codes *c) {
+    sm_put_f16(b->d, c->d);
+    for (int j = 0; j < 32; j++) b->codes[j] = c->code[j] ^ 0x80;
 }
+SM_DEFINE_PUT(q8_0)

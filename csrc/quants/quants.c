@@ -68,15 +68,32 @@ const struct sm_quant sm_quants[SM_TYPE_COUNT] = {
 #undef SM_QUANT
 };
 
-sm_quantize_fn *sm_quantizer(enum sm_type t) {
-    static const struct {
-        sm_quantize_fn *quantize;
-    } writers[SM_TYPE_COUNT] = {
-#define SM_WRITER(NAME, name) [SM_TYPE_##NAME] = {sm_quantize_##name},
+#define SM_STORED(NAME, name) void sm_store_##name(const float *x, void *out, size_t n);
+#define SM_FITTED(NAME, name, ...) void sm_put_##name(const struct sm_codes *codes, void *blocks, size_t n);
 #include "writers.def"
-#undef SM_WRITER
+
+const struct sm_writer *sm_writer(enum sm_type t) {
+    static const struct sm_writer writers[SM_TYPE_COUNT] = {
+#define SM_STORED(NAME, name) [SM_TYPE_##NAME] = {.store = sm_store_##name},
+#include "writers.def"
+#define SM_FITTED(NAME, name, kind, sub, lo, hi, least, greatest, ...)                             \
+    [SM_TYPE_##NAME] = {.put = sm_put_##name,                                                      \
+                        .fit = {SM_FIT_##kind, sub, lo, hi, least, greatest,                       \
+                                sizeof((float[]){__VA_ARGS__}) / sizeof(float), {__VA_ARGS__}}},
+#include "writers.def"
     };
-    return writers[t].quantize;
+    return writers[t].store || writers[t].put ? &writers[t] : NULL;
+}
+
+struct sm_layout sm_layout_of(enum sm_type t) {
+    switch (t) {
+#define SM_CODES(NAME, name, ...) \
+    case SM_TYPE_##NAME: return sm_layout_##name();
+#define SM_SAME(NAME, name, AS, as) SM_CODES(NAME, name, )
+#include "codes.def"
+#undef SM_CODES
+    default: return (struct sm_layout){0};
+    }
 }
 
 enum sm_type sm_quant_from_gguf(uint32_t gguf_id) {

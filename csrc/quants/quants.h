@@ -128,20 +128,46 @@ typedef void sm_parts_fn(const void *blocks, size_t stride, size_t n, struct sm_
 #include "codes.def"
 #undef SM_CODES
 
+/* Row of codes.def, or block 0 for float formats. */
+struct sm_layout sm_layout_of(enum sm_type t);
+
 #define SM_QUANT(NAME, id, name, n, bytes, act)                                  \
     void sm_dequantize_##name(const void *blocks, float *out, size_t n_blocks);  \
     size_t sm_find_nonfinite_##name(const void *blocks, size_t n_blocks);
 #include "quants.def"
 #undef SM_QUANT
 
-/* Writes n_blocks blocks of the values x [n_blocks * block_size], which are finite and at most 2^30 in
- * magnitude where a block holds more than one.  weights, of the same shape, tell how much an error
- * matters; NULL: everywhere the same.  Scales beyond their range become infinite (find_nonfinite). */
-typedef void sm_quantize_fn(const float *x, const float *weights, void *blocks, size_t n_blocks);
-#define SM_WRITER(NAME, name) sm_quantize_fn sm_quantize_##name;
-#include "writers.def"
-#undef SM_WRITER
+/* ---- writing -------------------------------------------------------------------------------------
+ *
+ * Integer formats are written in two steps: kernels find the integers (kernels.h: fit), and the
+ * format's file puts them into its blocks. */
 
-sm_quantize_fn *sm_quantizer(enum sm_type t); /* NULL: this format is only read */
+#define SM_FIT_MAX 0x1p30f  /* the largest magnitude that is fitted: more than blocks hold */
+#define SM_FIT_MIN 0x1p-40f /* less than any float16 scale gives: as good as zero */
+
+/* x = d q, x = d q + m, the same with integer scales (and mins) of sub-blocks, x = d q with d > 0,
+ * d a power of two, or the peak taken to hi. */
+enum sm_fit_kind { SM_FIT_SCALE, SM_FIT_LINE, SM_FIT_SCALED, SM_FIT_LINED, SM_FIT_TERNARY, SM_FIT_POWER,
+                   SM_FIT_PEAK };
+
+struct sm_fit { /* a row of writers.def */
+    enum sm_fit_kind kind;
+    int sub;             /* values that share a scale */
+    float lo, hi;        /* the integers that codes stand for, where the layout lists no values */
+    int least, greatest; /* integer scales, and mins */
+    int n_to;
+    float to[16];        /* [n_to] what the peak, or the range, is taken to in the beginning */
+};
+
+struct sm_writer {
+    /* Float formats: n values x. */
+    void (*store)(const float *x, void *out, size_t n);
+    /* Integer formats: n blocks of these codes.  Scales beyond their range become infinite
+     * (find_nonfinite). */
+    void (*put)(const struct sm_codes *codes, void *blocks, size_t n);
+    struct sm_fit fit;
+};
+
+const struct sm_writer *sm_writer(enum sm_type t); /* NULL: this format is only read */
 
 #endif

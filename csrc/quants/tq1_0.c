@@ -2,7 +2,7 @@
  *
  * A byte holds the fraction 0.d0 d1 d2 d3 d4 as ceil(256 * fraction), so that digit i is the whole part
  * of 3 * (3^i * byte mod 256) / 256: 0, 1 or 2 whatever the byte. */
-#include "fit.h"
+#include "block.h"
 
 struct block {
     uint8_t five[48]; /* byte j < 32 holds values 32 i + j, byte 32 + j values 160 + 16 i + j, */
@@ -45,14 +45,10 @@ static inline void join(const uint8_t *digits, size_t n, int n_digits, uint8_t *
     }
 }
 
-void sm_quantize_tq1_0(const float *x, const float *w, void *blocks, size_t n_blocks) {
-    struct block *b = blocks;
-    for (size_t i = 0; i < n_blocks; i++, b++, x += SM_SUPER, w = w ? w + SM_SUPER : NULL) {
-        uint8_t code[SM_SUPER];
-        sm_put_f16(b->d, sm_fit_ternary(x, w));
-        sm_codes_of(x, SM_SUPER, sm_inverse(sm_f16_at(b->d)), 0, -1, 1, 1, code);
-        join(code, 32, 5, b->five);
-        join(code + 160, 16, 5, b->five + 32);
-        join(code + 240, 4, 4, b->four);
-    }
+static inline void put(struct block *b, const struct sm_codes *c) {
+    sm_put_f16(b->d, c->d);
+    join(c->code, 32, 5, b->five);
+    join(c->code + 160, 16, 5, b->five + 32);
+    join(c->code + 240, 4, 4, b->four);
 }
+SM_DEFINE_PUT(tq1_0)

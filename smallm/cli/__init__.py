@@ -467,7 +467,7 @@ def quantize(
     """Write the GGUF file IN as OUT with its matrices in the format TYPE.
 
     TYPE is one of f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1,
-    q4_0, q3_k_l, q3_k_m, q3_k_s, q2_k, tq2_0, tq1_0.
+    q4_0, iq4_nl, iq4_xs, q3_k_l, q3_k_m, q3_k_s, q2_k, tq2_0, tq1_0, mxfp4_moe.
 
     \b
     smallm quantize smollm2-f16.gguf smollm2-q4.gguf q4_k_m

@@ -36,11 +36,15 @@ _FILE_TYPES = {
     "q3_k_m": (12, "Q3_K"),
     "q3_k_s": (11, "Q3_K"),
     "q2_k": (10, "Q2_K"),
+    "iq4_nl": (25, "IQ4_NL"),
+    "iq4_xs": (30, "IQ4_XS"),
+    "mxfp4_moe": (38, "MXFP4"),
     "tq2_0": (37, "TQ2_0"),
     "tq1_0": (36, "TQ1_0"),
 }
 TYPES = tuple(_FILE_TYPES)
 TERNARY = ("tq2_0", "tq1_0")
+LISTED = ("iq4_nl", "iq4_xs")
 _ALIASES = {"q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m"}
 
 # For rows that no 256 divides.
@@ -50,6 +54,7 @@ _NARROW = {
     "Q4_K": "Q4_1",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
     "TQ1_0": "Q4_0",
     "TQ2_0": "Q4_0",
 }
@@ -145,7 +150,10 @@ def choose(
                 )
             chosen[m.name] = Choice(rule.format, rule.format.name)
             continue
-        wanted = _wanted(type_name, m.name, head, places.get(m.name), query_groups)
+        if type_name == "mxfp4_moe":
+            wanted = "MXFP4" if len(m.shape) > 2 else "Q8_0"
+        else:
+            wanted = _wanted(type_name, m.name, head, places.get(m.name), query_groups)
         chosen[m.name] = Choice(_fitting(wanted, m.shape[-1]), wanted)
     if unused:
         raise ValueError(f"keep {sorted(unused)[0]!r}: no matrix of the file has such a name")
@@ -208,6 +216,8 @@ def _values(type_name: str, place: _Place, groups: int) -> str | None:
         return "Q5_K" if place.i < 4 else None
     if type_name in ("q4_k_m", "q5_k_m"):
         return "Q6_K" if place.matters else None
+    if type_name in LISTED:
+        return "Q5_K" if groups >= 4 else None
     return {"q3_k_l": "Q5_K"}.get(type_name)
 
 
@@ -222,7 +232,7 @@ def _back(type_name: str, place: _Place, groups: int) -> str | None:
 def _down(type_name: str, place: _Place, groups: int) -> str | None:
     if type_name == "q3_k_m":
         return "Q5_K" if place.i < place.n // 16 else "Q4_K"
-    if type_name == "q4_k_s":
+    if type_name == "q4_k_s" or type_name in LISTED:
         return "Q5_K" if place.first else None
     if type_name in ("q4_k_m", "q5_k_m"):
         return "Q6_K" if place.matters else None

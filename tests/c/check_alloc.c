@@ -197,8 +197,42 @@ done:
     return rc;
 }
 
+/* Weights into another format, with importance: the same bytes, or a refusal for each allocation. */
+static void check_quantize(void) {
+    enum { ROWS = 40, COLUMNS = 256, BLOCK_BYTES = 144, Q4_K = 12 };
+    static float x[ROWS * COLUMNS], importance[COLUMNS];
+    static uint8_t out[ROWS * BLOCK_BYTES], expected[ROWS * BLOCK_BYTES];
+    smallm_error err = {.size = sizeof err};
+    smallm_quantize_params p = {.size = sizeof p, .from = 0, .to = Q4_K, .in = x, .out = expected,
+                                .n_in = sizeof x, .n_out = sizeof out, .n_rows = ROWS, .n_cols = COLUMNS,
+                                .importance = importance, .n_threads = 3};
+    for (size_t i = 0; i < SM_COUNT(x); i++) x[i] = (float)(i * 7919 % 1009) - 504;
+    for (size_t i = 0; i < SM_COUNT(importance); i++) importance[i] = (float)(i % 5);
+    CHECK(smallm_quantize(&p, &err) == SMALLM_OK, "smallm_quantize: %s", err.message);
+    p.out = out;
+    long step = 1, n_refused = 0;
+    for (; step < 100; step++) {
+        err.code = 0;
+        err.message[0] = 0;
+        memset(out, 0, sizeof out);
+        sm_test_fail_alloc(step);
+        int rc = smallm_quantize(&p, &err);
+        long count = sm_test_alloc_count();
+        sm_test_fail_alloc(0);
+        if (rc != SMALLM_OK) {
+            n_refused++;
+            judge(rc, &err, "smallm_quantize", step);
+            continue;
+        }
+        CHECK(memcmp(out, expected, sizeof out) == 0, "allocation %ld: other bytes", step);
+        if (count < step) break;
+    }
+    CHECK(n_refused >= 3 && step < 100, "%ld of %ld allocations of smallm_quantize mattered", n_refused, step);
+}
+
 int main(int argc, char **argv) {
     char path[4096];
+    check_quantize();
     if (!find_model(argc, argv, path, sizeof path)) return 0;
     static struct answer expected[2], got[2];
     smallm_error err = {.size = sizeof err};

@@ -1392,6 +1392,63 @@ static void case_route(uint64_t seed) {
     free(e);
 }
 
+/* ---- codes of weights ---- */
+
+static void case_fit(uint64_t seed) {
+    enum sm_type t = (enum sm_type)(seed % SM_TYPE_COUNT);
+    const struct sm_writer *writer = sm_writer(t);
+    if (!writer || !writer->put) return;
+    const struct sm_quant *quant = &sm_quants[t];
+    size_t n_blocks = 1 + below(20), n = n_blocks * quant->block_size;
+    size_t bytes = n_blocks * sizeof(struct sm_codes);
+    float *x = floats(n), *w = floats(n), *values = floats(n), *file = floats(n);
+    struct sm_codes *want = allocate(bytes), *got = allocate(bytes);
+    uint8_t *blocks = allocate(n_blocks * quant->block_bytes);
+    enum fill kind = (enum fill)below(FILL_COUNT);
+    bool weighted = below(2) != 0;
+    snprintf(shape, sizeof shape, "%s, %zu blocks, fill %d%s", quant->name, n_blocks, kind,
+             weighted ? ", weighted" : "");
+    fill(x, n, kind);
+    for (size_t i = 0; i < n; i++) {
+        x[i] = fmaxf(-SM_FIT_MAX, fminf(x[i], SM_FIT_MAX));
+        w[i] = below(10) ? fabsf(uniform()) * 2 : 0x1p-14f;
+    }
+    memset(want, 0, bytes);
+    tiers[0].k.fit(t, x, weighted ? w : NULL, n_blocks, want);
+    for (size_t i = 1; i < n_tiers; i++) {
+        memset(got, 0, bytes);
+        tiers[i].k.fit(t, x, weighted ? w : NULL, n_blocks, got);
+        compare_bytes(tiers[i].name, quant->name, got, want, bytes);
+    }
+    /* What was found is what a file's blocks say, and no worse than zeros. */
+    writer->put(want, blocks, n_blocks);
+    if (quant->find_nonfinite(blocks, n_blocks) == n_blocks) {
+        quant->dequantize(blocks, file, n_blocks);
+        for (size_t b = 0; b < n_blocks; b++) {
+            float *at = values + b * quant->block_size, *from = x + b * quant->block_size;
+            double lost = 0, there = 0;
+            sm_codes_values(sm_layout_of(t), &want[b], at);
+            for (size_t i = 0; i < quant->block_size; i++) {
+                double weight = weighted ? w[b * quant->block_size + i] : 1;
+                lost += weight * ((double)at[i] - from[i]) * ((double)at[i] - from[i]);
+                there += weight * (double)from[i] * from[i];
+            }
+            /* Half a unit of the smallest float16, as a scale of such codes, is lost at most. */
+            double unit = weighted ? 4096 : 1024;
+            if (!(lost <= 1.001 * there + unit * (128 * 0x1p-25) * (128 * 0x1p-25)))
+                fail("generic", "worse than zeros");
+        }
+        compare("generic", "value", file, values, n);
+    }
+    free(x);
+    free(w);
+    free(values);
+    free(file);
+    free(want);
+    free(got);
+    free(blocks);
+}
+
 /* ---- the choice of a tier ---- */
 
 static void expect_tier(const char *wanted, const char *name) {
@@ -1627,6 +1684,28 @@ static void bench_attends(const char *pattern) {
         }
 }
 
+struct bench_fit {
+    enum sm_type t;
+    float *x;
+    struct sm_codes codes[16];
+};
+static void run_fit(const struct sm_kernels *k, void *arg) {
+    struct bench_fit *b = arg;
+    k->fit(b->t, b->x, NULL, 16, b->codes);
+}
+static void bench_fits(const char *pattern) {
+    struct bench_fit b = {.x = floats(4096)};
+    fill(b.x, 4096, FILL_USUAL);
+    for (int t = 0; t < SM_TYPE_COUNT; t++) {
+        b.t = (enum sm_type)t;
+        if (!sm_writer(b.t) || !sm_writer(b.t)->put) continue;
+        char what[40];
+        snprintf(what, sizeof what, "fit %s", sm_quants[t].name);
+        bench(pattern, what, "Gvalues/s", 16.0 * sm_quants[t].block_size, run_fit, &b);
+    }
+    free(b.x);
+}
+
 struct bench_vector {
     float *x, *w, *out;
     size_t n;
@@ -1736,6 +1815,7 @@ static const struct {
     {"recurrent", case_recurrent, 600, 50},
     {"peaks", case_peaks, 1000, 50},
     {"route", case_route, 1000, 50},
+    {"fit", case_fit, SM_TYPE_COUNT * 40, SM_TYPE_COUNT * 4},
     {"dispatch", case_dispatch, 1, 1},
 };
 
@@ -1785,6 +1865,7 @@ int main(int argc, char **argv) {
         bench_matmuls(pattern);
         bench_attends(pattern);
         bench_vectors(pattern);
+        bench_fits(pattern);
         free(scratch);
         sm_fpenv_leave(fpenv);
         return 0;

@@ -35,6 +35,7 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
         .add_scaled = SM_NAME(sm_add_scaled),
         .route = SM_NAME(sm_route),
         .peaks = SM_NAME(sm_peaks),
+        .fit = SM_NAME(sm_fit),
     };
     SM_NAME(sm_init_matmul)(k);
 }

@@ -14,5 +14,6 @@ void SM_NAME(sm_init)(struct sm_kernels *k) {
     k->gelu = SM_NAME(sm_gelu);
     k->gelu_erf = SM_NAME(sm_gelu_erf);
     k->softcap = SM_NAME(sm_softcap);
+    k->fit = SM_NAME(sm_fit);
     SM_NAME(sm_init_matmul)(k);
 }
