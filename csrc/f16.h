@@ -27,14 +27,14 @@ static inline float sm_f16_to_f32(uint16_t h) {
 #if defined(__F16C__)
     return _cvtsh_ss(h);
 #else
+    /* Without branches, so that loops over it are vectors'. */
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = h >> 10 & 31u, fraction = h & 1023u;
-    if (exponent == 31) {
-        return sm_float_of_bits(sign | 0x7F800000u | fraction << 13 | (fraction ? 0x400000u : 0));
-    }
-    if (exponent == 0) { /* fraction * 2^-24: exact and normal as a float */
-        return sm_float_of_bits(sign | sm_bits_of_float((float)fraction * 0x1p-24f));
-    }
-    return sm_float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+    uint32_t normal = (exponent + 112) << 23 | fraction << 13;
+    uint32_t special = 0x7F800000u | fraction << 13 | (uint32_t)(fraction != 0) << 22;
+    uint32_t small = sm_bits_of_float((float)(int32_t)fraction * 0x1p-24f); /* exact and normal as a float */
+    uint32_t is_special = 0u - (exponent == 31), is_small = 0u - (exponent == 0);
+    return sm_float_of_bits(sign | (small & is_small) | (special & is_special) |
+                            (normal & ~(is_small | is_special)));
 #endif
 }
 

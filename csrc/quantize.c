@@ -1,6 +1,7 @@
 /* A phase whose items are pieces of all values, which go from row to row. */
 #include "quantize.h"
 
+#include <float.h>
 #include <stdatomic.h>
 
 #include "kernels/kernels.h"
@@ -25,20 +26,32 @@ struct phase {
     atomic_size_t bad;     /* the first value that cannot be written; n_values: none */
 };
 
-/* The first of n values from `first` on that cannot be written, or n_values.  With values x and where
- * they were written. */
-static size_t find_bad(const struct phase *p, const float *x, const uint8_t *out, size_t first, size_t n) {
-    const struct sm_quant *to = &sm_quants[p->rows->to];
+/* The first of n values x that is not finite, or larger than is fitted; n: there is none. */
+static size_t find_unfit(const struct phase *p, const float *x, size_t n) {
+    const float limit = p->writer->store ? FLT_MAX : SM_FIT_MAX;
+    int32_t most = 0, allowed; /* sizes are ordered like their bits, NaN above infinity */
+    memcpy(&allowed, &limit, sizeof allowed);
     for (size_t i = 0; i < n; i++) {
-        bool held = to->block_size == 1 || (x[i] <= SM_FIT_MAX && x[i] >= -SM_FIT_MAX);
-        if (!(x[i] - x[i] == 0) || !held) return first + i;
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
     }
+    if (most <= allowed) return n;
+    size_t i = 0;
+    while (x[i] <= limit && x[i] >= -limit) i++;
+    return i;
+}
+
+/* The first of n values x that what was written for them cannot hold; n: there is none. */
+static size_t find_beyond(const struct phase *p, const float *x, const uint8_t *out, size_t n) {
+    const struct sm_quant *to = &sm_quants[p->rows->to];
     size_t n_blocks = n / to->block_size, bad = to->find_nonfinite(out, n_blocks);
-    if (bad == n_blocks) return p->n_values;
-    size_t most = bad * to->block_size; /* its greatest value */
+    if (bad == n_blocks) return n;
+    size_t most = bad * to->block_size; /* the greatest of its block */
     for (size_t i = most; i < (bad + 1) * to->block_size; i++)
         if (x[i] * x[i] > x[most] * x[most]) most = i;
-    return first + most;
+    return most;
 }
 
 /* The weights of n values from `first` on, or NULL. */
@@ -76,16 +89,17 @@ static size_t write_piece(const struct phase *p, size_t piece, struct room *room
     uint8_t *out = (uint8_t *)r->out + sm_row_bytes(r->to, first);
     float *x = room->x;
     from->dequantize(in, x, n / from->block_size);
-    if (p->writer->store) {
-        p->writer->store(x, out, n);
-    } else {
-        bool fits = true; /* kernels want values that are finite and not too large */
-        for (size_t i = 0; i < n; i++) fits &= x[i] <= SM_FIT_MAX && x[i] >= -SM_FIT_MAX;
-        if (fits) write_blocks(p, room, first, n, out);
+    size_t bad = find_unfit(p, x, n);
+    if (bad == n) {
+        if (p->writer->store)
+            p->writer->store(x, out, n);
+        else
+            write_blocks(p, room, first, n, out);
+        bad = find_beyond(p, x, out, n);
     }
-    size_t bad = find_bad(p, x, out, first, n);
-    if (bad < p->n_values) *value = x[bad - first];
-    return bad;
+    if (bad == n) return p->n_values;
+    *value = x[bad];
+    return first + bad;
 }
 
 static void write_phase(void *arg, int thread, struct sm_work *work) {

@@ -107,7 +107,9 @@ static inline void sm_put_f16(uint8_t at[2], float x) {
 
 /* 32 codes of four bits: nibbles of j and j + 16. */
 static inline void sm_put_nibbles(const uint8_t code[32], uint8_t at[16]) {
-    for (int j = 0; j < 16; j++) at[j] = (uint8_t)((code[j] & 15) | code[j + 16] << 4);
+    uint8_t packed[16];
+    for (int j = 0; j < 16; j++) packed[j] = (uint8_t)((code[j] & 15) | code[j + 16] << 4);
+    memcpy(at, packed, sizeof packed);
 }
 
 /* stored[code] = the stored code of each code that a table lists, the first of those alike. */
@@ -117,8 +119,11 @@ static inline void sm_table_places(enum sm_table_id table, uint8_t stored[256]) 
 
 /* 32 codes of five bits: the top bits in order, and the low ones as nibbles of j and j + 16. */
 static inline void sm_put_five(const uint8_t code[32], uint8_t high[4], uint8_t low[16]) {
-    memset(high, 0, 4);
-    for (int j = 0; j < 32; j++) high[j / 8] |= (uint8_t)(code[j] >> 4 << j % 8);
+    for (int i = 0; i < 4; i++) { /* the product's top byte has bit 0 of each of eight bytes */
+        uint64_t eight;
+        memcpy(&eight, code + 8 * i, sizeof eight);
+        high[i] = (uint8_t)((eight >> 4 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+    }
     sm_put_nibbles(code, low);
 }
 

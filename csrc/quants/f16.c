@@ -3,7 +3,11 @@
 
 void sm_dequantize_f16(const void *blocks, float *out, size_t n_blocks) {
     const uint8_t *p = blocks;
-    for (size_t i = 0; i < n_blocks; i++) out[i] = sm_f16_at(p + 2 * i);
+    for (size_t i = 0; i < n_blocks; i++) {
+        uint16_t h;
+        memcpy(&h, p + 2 * i, sizeof h);
+        out[i] = sm_f16_to_f32(h);
+    }
 }
 
 size_t sm_find_nonfinite_f16(const void *blocks, size_t n_blocks) {
