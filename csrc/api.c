@@ -205,9 +205,7 @@ int smallm_engine_open(const smallm_model *model, const smallm_engine_params *pa
     const char *timers = sm_env("SMALLM_TIMERS");
     if (timers != NULL && strcmp(timers, "1") == 0) p.timers = 1;
     if (p.n_ctx == 0) p.n_ctx = info.n_ctx_train;
-    /* An encoder's text is run as a whole. */
-    bool encodes = info.decoder_start >= 0 || model->model->arch->is_encoder;
-    if (p.n_batch == 0) p.n_batch = !encodes ? 512 : SM_MIN(SM_MAX(p.n_ctx, 512), 2048);
+    if (p.n_batch == 0) p.n_batch = 512;
     return sm_engine_open(model->model, &p, out, err);
 }
 
@@ -294,26 +292,21 @@ static int judge_source(const smallm_request_params *p, struct sm_engine_limits 
     if (p->n_source == 0)
         return sm_fail(err, SMALLM_E_ARGUMENT,
                        "n_source is 0; the model's encoder reads at least 1 token");
-    int32_t room = SM_MIN(limits.n_ctx, limits.n_batch);
-    if (p->n_source > (size_t)room)
-        return sm_fail(err, SMALLM_E_CONTEXT, "the source has %zu tokens; %s holds %d", p->n_source,
-                       limits.n_ctx <= limits.n_batch ? "the context"
-                                                      : "n_batch, which the encoder runs it in,",
-                       (int)room);
+    if (p->n_source > (size_t)limits.n_ctx)
+        return sm_fail(err, SMALLM_E_CONTEXT, "the source has %zu tokens; the context holds %d",
+                       p->n_source, (int)limits.n_ctx);
     return judge_ids("source", p->source, p->n_source, limits, err);
 }
 
 /* An encoder sees a text as a whole, and gives nothing but an embedding. */
-static int judge_encoded(const smallm_request_params *p, struct sm_engine_limits limits,
-                         smallm_error *err) {
-    int32_t room = p->n_chunk > 0 ? p->n_chunk : limits.n_batch;
+static int judge_encoded(const smallm_request_params *p, smallm_error *err) {
     if (!p->embedding)
         return sm_fail(err, SMALLM_E_UNSUPPORTED,
                        "the model is an encoder: it gives embeddings, no text and no logits");
-    if (p->n_tokens > (size_t)room)
-        return sm_fail(err, SMALLM_E_CONTEXT,
-                       "the text has %zu tokens; n_batch, which an encoder runs it in, holds %d",
-                       p->n_tokens, (int)room);
+    if (p->n_chunk > 0 && p->n_tokens > (size_t)p->n_chunk)
+        return sm_fail(err, SMALLM_E_ARGUMENT,
+                       "n_chunk is %d; an encoder runs the text's %zu tokens in one pass; allowed is 0",
+                       (int)p->n_chunk, p->n_tokens);
     return SMALLM_OK;
 }
 
@@ -346,7 +339,7 @@ static int judge_submit(const smallm_request_params *p, struct sm_engine_limits 
         rc = judge_range("n_logprobs", p->n_logprobs, -1, MAX_LOGPROBS, " (-1: none)", err);
     if (rc == SMALLM_OK)
         rc = judge_range("n_chunk", p->n_chunk, 0, limits.n_batch, " (n_batch)", err);
-    if (rc == SMALLM_OK && limits.is_encoder) rc = judge_encoded(p, limits, err);
+    if (rc == SMALLM_OK && limits.is_encoder) rc = judge_encoded(p, err);
     if (rc == SMALLM_OK) rc = judge_adaptation(p, limits.model, err);
     return rc == SMALLM_OK ? judge_stops(p, err) : rc;
 }

@@ -324,6 +324,7 @@ static void read_heads(struct reader *r, struct sm_hparams *h) {
         else h->n_kv_layer++;
     }
     if (h->n_kv_layer == 0) h->n_head = 0;
+    if (r->arch->is_encoder) h->n_kv_layer = SM_MIN(h->n_kv_layer, 1);
 }
 
 /* The window's size, and which layers have it: a period or a flag for each layer. */
@@ -527,7 +528,7 @@ struct sm_layer_plan sm_arch_plan(const struct sm_arch *arch, const struct sm_hp
     if (h->n_rope == 0) turns = false;
     if (arch->turns_windows && h->window > 0) turns = windowed;
     int rank = 0;
-    for (int i = 0; i < layer; i++) rank += h->recurrent[i] == h->recurrent[layer];
+    for (int i = 0; i < layer && !arch->is_encoder; i++) rank += h->recurrent[i] == h->recurrent[layer];
     int behind = arch->is_encoder ? h->window / 2 : 0;
     return (struct sm_layer_plan){.window = !windowed ? 0 : arch->is_encoder ? behind + 1 : h->window,
                                   .behind = windowed ? behind : 0,

@@ -142,7 +142,9 @@ struct sm_yarn {
 
 struct sm_hparams {
     int n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_ff;
-    int n_kv_layer, n_state_layer; /* layers with attention, and the others */
+    /* Layers with attention, and the others.  An encoder's need their K and V only while they run and keep
+     * them in one place: n_kv_layer is 1. */
+    int n_kv_layer, n_state_layer;
     int n_encoder;      /* layers of the encoder, besides; 0: there is none */
     int decoder_start;  /* the token that a decoder beside an encoder begins with, else -1 */
     int n_buckets;      /* of distances that share a bias; 0: scores have none */

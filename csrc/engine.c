@@ -86,8 +86,7 @@ struct smallm_request {
     float *logits;   /* the caller's [n_prompt - n_skip][n_vocab], or NULL */
     int32_t n_skip;  /* tokens of the prompt whose logits are not wanted */
     float *embedding; /* the caller's [n_embd], or NULL */
-    float *hidden;   /* [most tokens in a pass][n_embd] and */
-    double *sum;     /* [n_embd] of them, where an embedding is wanted; else NULL */
+    double *sum;     /* [n_embd] of hidden states, where an embedding is wanted; else NULL */
     float *row;      /* [n_vocab] the newest position's and their peaks; NULL where limit is 0 */
     struct sm_sampler *sampler;
     bool text_begun; /* some token so far was more than a control token */
@@ -136,6 +135,8 @@ struct smallm_engine {
     int n_kept;
     struct sm_span *spans;     /* [n_batch] the pass being built, */
     smallm_request **in_pass;  /* [n_batch] and whose span each is */
+    float *hidden;             /* [cap_hidden][n_embd] states of its tokens, n_hidden of them so far */
+    size_t cap_hidden, n_hidden;
     int n_spans;
     int32_t prefill_cap;       /* prompt tokens of the next pass at most */
     bool prompts_turn, sources_turn;
@@ -355,8 +356,6 @@ static void end(smallm_engine *e, smallm_request *r, int32_t finish,
     r->tokens = NULL;
     sm_free(r->row);
     r->row = NULL;
-    sm_free(r->hidden);
-    r->hidden = NULL;
     sm_free(r->sum);
     r->sum = NULL;
     sm_sampler_free(r->sampler);
@@ -466,19 +465,31 @@ static void next_token(smallm_engine *e, smallm_request *r, float *logits) {
 
 /* ---- embeddings ------------------------------------------------------------------------------ */
 
-/* Pools the hidden states of a pass, the text's positions first .. first + n - 1. */
-static void pool(const smallm_engine *e, smallm_request *r, int first, int n) {
+/* Room for the hidden states of a pass: of n_batch tokens, or of one text that runs as a whole. */
+static int reserve_hidden(smallm_engine *e, int32_t n_prompt, smallm_error *err) {
+    size_t n = (size_t)SM_MAX(e->params.n_batch, e->model->arch->is_encoder ? n_prompt : 0);
+    if (n <= e->cap_hidden) return SMALLM_OK;
+    float *hidden = sm_alloc(n * (size_t)e->n_embd * sizeof *hidden);
+    if (!hidden) return sm_fail(err, SMALLM_E_MEMORY, "no memory for hidden states of %zu tokens", n);
+    sm_free(e->hidden);
+    e->hidden = hidden;
+    e->cap_hidden = n;
+    return SMALLM_OK;
+}
+
+/* Pools the hidden states [n][n_embd] of a pass, the text's positions first .. first + n - 1. */
+static void pool(const smallm_engine *e, smallm_request *r, const float *hidden, int first, int n) {
     const size_t n_embd = (size_t)e->n_embd;
-    const float *last = r->hidden + (size_t)(n - 1) * n_embd;
+    const float *last = hidden + (size_t)(n - 1) * n_embd;
     switch (e->pooling) {
     case SM_POOLING_MEAN:
         for (int t = 0; t < n; t++)
-            for (size_t i = 0; i < n_embd; i++) r->sum[i] += (double)r->hidden[(size_t)t * n_embd + i];
+            for (size_t i = 0; i < n_embd; i++) r->sum[i] += (double)hidden[(size_t)t * n_embd + i];
         if (first + n < r->n_prompt) return;
         for (size_t i = 0; i < n_embd; i++) r->embedding[i] = (float)(r->sum[i] / r->n_prompt);
         return;
     case SM_POOLING_FIRST:
-        if (first == 0) memcpy(r->embedding, r->hidden, n_embd * sizeof(float));
+        if (first == 0) memcpy(r->embedding, hidden, n_embd * sizeof(float));
         return;
     case SM_POOLING_LAST:
         if (first + n == r->n_prompt) memcpy(r->embedding, last, n_embd * sizeof(float));
@@ -510,6 +521,10 @@ static int begin(smallm_engine *e, smallm_request *r, const struct source *sourc
  * whose logits are wanted always run, as the prompt's last one does; where statistics are kept, all. */
 static int start(smallm_engine *e, smallm_request *r, smallm_error *err) {
     int32_t n_most = r->embedding ? 0 : r->logits ? r->n_skip : r->n_prompt - 1;
+    if (r->embedding) {
+        int rc = reserve_hidden(e, r->n_prompt, err);
+        if (rc != SMALLM_OK) return rc;
+    }
     for (;;) {
         const struct source *source = NULL;
         const struct sm_seq *from = NULL;
@@ -570,7 +585,8 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     if (last && r->row) s->peaks = r->row + e->n_vocab;
     if (r->embedding) {
         s->want = SM_WANT_HIDDEN;
-        s->logits = r->hidden;
+        s->logits = e->hidden + e->n_hidden * (size_t)e->n_embd;
+        e->n_hidden += (size_t)n;
     } else if (r->logits && !decode) {
         s->want = SM_WANT_ROWS;
         s->n_skip = SM_MIN(SM_MAX(r->n_skip - done, 0), n);
@@ -583,7 +599,8 @@ static void add_span(smallm_engine *e, smallm_request *r, int n) {
     e->in_pass[e->n_spans++] = r;
 }
 
-/* Chooses texts for the encoder, each as a whole: all that fit, or none where it is the others' turn. */
+/* Chooses texts for the encoder, each as a whole: all that fit, or one that would fit nowhere, or none
+ * where it is the others' turn. */
 static void build_sources(smallm_engine *e) {
     int32_t room = e->params.n_batch;
     bool others = false;
@@ -591,7 +608,7 @@ static void build_sources(smallm_engine *e) {
     for (smallm_request *r = e->active.first; r; r = r->next) others = others || is_encoded(&r->source);
     e->sources_turn = !(others && e->sources_turn);
     for (smallm_request *r = e->active.first; r && e->sources_turn; r = r->next) {
-        if (is_encoded(&r->source) || r->source.n > room) continue;
+        if (is_encoded(&r->source) || (r->source.n > room && e->n_spans > 0)) continue;
         room = e->prefill_cap < e->params.n_batch ? 0 : room - r->source.n; /* one where many cancel */
         e->spans[e->n_spans] = (struct sm_span){.seq = r->source.seq, .encodes = true, .n = r->source.n,
                                                 .tokens = r->source.tokens,
@@ -621,7 +638,7 @@ static void build(smallm_engine *e) {
     }
     int32_t room = SM_MIN(n_batch - decode_room, e->prefill_cap);
     if (n_decode > 0) room = SM_MIN(room, MIXED_PREFILL);
-    bool whole = e->model->arch->is_encoder; /* an encoder's texts, the first of which always fits */
+    bool whole = e->model->arch->is_encoder; /* an encoder's texts, of which the first has all it needs */
     if (whole) room = n_batch;
     int32_t share = n_prompts > 0 ? SM_MAX(room / n_prompts, 1) : 0;
     for (int round = 0; round < 2; round++) {
@@ -629,12 +646,13 @@ static void build(smallm_engine *e) {
             if (decodes(r) || !is_encoded(&r->source)) continue;
             int32_t most = SM_MIN(r->n_prompt - (int32_t)sm_seq_length(r->seq), r->n_chunk);
             int32_t n = SM_MIN(SM_MIN(most - r->n_take, room), round == 0 ? share : room);
-            if (whole) n = most - r->n_take <= room ? most - r->n_take : 0;
+            if (whole) n = most - r->n_take <= room || room == n_batch ? most - r->n_take : 0;
             r->n_take += n;
             room = whole && n > 0 && e->prefill_cap < n_batch ? 0 : room - n; /* one where many cancel */
         }
     }
     e->n_spans = 0;
+    e->n_hidden = 0;
     for (r = e->active.first; r; r = r->next) {
         if (decodes(r) && decode_room > 0) {
             decode_room--;
@@ -676,7 +694,7 @@ static void advance(smallm_engine *e, const struct sm_span *spans, smallm_reques
             r->n_chunks++;
             if (done == r->n_prompt) r->t_prompt = sm_clock_ns();
             sm_lock_leave(r->lock);
-            if (r->embedding) pool(e, r, done - spans[i].n, spans[i].n);
+            if (r->embedding) pool(e, r, spans[i].logits, done - spans[i].n, spans[i].n);
             if (done < r->n_prompt) continue;
             if (r->limit == 0) {
                 end_flush(e, r, SMALLM_FINISH_LENGTH, NULL);
@@ -824,6 +842,7 @@ void sm_engine_close(smallm_engine *e) {
     while (e->n_kept > 0) free_kept(e, 0);
     sm_session_free(e->session);
     sm_lock_free(e->lock);
+    sm_free(e->hidden);
     sm_free(e->in_pass);
     sm_free(e->spans);
     sm_free(e);
@@ -888,7 +907,6 @@ static void request_delete(smallm_request *r) {
     sm_free(r->source.tokens);
     sm_free(r->tokens);
     sm_free(r->row);
-    sm_free(r->hidden);
     sm_free(r->sum);
     sm_sampler_free(r->sampler);
     sm_adapter_drop(r->adapter);
@@ -928,7 +946,7 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
     r->n_prompt = r->n_tokens = (int32_t)p->n_tokens;
     r->source.n = r->n_source = (int32_t)p->n_source;
     r->limit = SM_MIN(p->max_tokens, e->params.n_ctx - r->n_prompt);
-    r->n_chunk = p->n_chunk ? p->n_chunk : e->params.n_batch;
+    r->n_chunk = p->n_chunk ? p->n_chunk : e->model->arch->is_encoder ? r->n_prompt : e->params.n_batch;
     r->n_logprobs = p->n_logprobs;
     r->logits = p->logits;
     r->n_skip = p->n_logits ? (int32_t)(p->n_tokens - p->n_logits) : 0;
@@ -955,10 +973,8 @@ int sm_engine_submit(smallm_engine *e, const smallm_request_params *p, smallm_re
         if (!r->row) goto fail_memory;
     }
     if (r->embedding) {
-        size_t n_pass = (size_t)SM_MIN(r->n_prompt, r->n_chunk), n_embd = (size_t)e->n_embd;
-        r->hidden = sm_alloc(n_pass * n_embd * sizeof *r->hidden);
-        r->sum = sm_calloc(n_embd, sizeof *r->sum);
-        if (!r->hidden || !r->sum) goto fail_memory;
+        r->sum = sm_calloc((size_t)e->n_embd, sizeof *r->sum);
+        if (!r->sum) goto fail_memory;
     }
     if (p->n_stop > 0 && !copy_stops(r, p)) goto fail_memory;
     memcpy(r->tokens, p->tokens, p->n_tokens * sizeof *r->tokens);

@@ -191,9 +191,12 @@ void sm_ops_fail(struct sm_ops *o, int status) {
 
 int sm_ops_status(struct sm_ops *o) { return atomic_load_explicit(&o->status, memory_order_relaxed); }
 
+static bool is_cancelled(const struct sm_ops *o) {
+    return o->cancel != NULL && atomic_load_explicit(o->cancel, memory_order_relaxed);
+}
+
 static void run_phase(struct sm_ops *o, size_t n, size_t grain, sm_phase_fn *fn, void *arg) {
-    if (o->cancel != NULL && atomic_load_explicit(o->cancel, memory_order_relaxed))
-        sm_ops_fail(o, SMALLM_E_CANCELLED);
+    if (is_cancelled(o)) sm_ops_fail(o, SMALLM_E_CANCELLED);
     if (sm_ops_status(o) != SMALLM_OK) return;
     sm_pool_run(o->pool, n, grain, fn, arg);
     turn_to(&o->locals[0], SM_TIMER_SERIAL);
@@ -251,7 +254,8 @@ struct project {
     const struct sm_source *s;
     const struct sm_product *products;
     size_t n_products, n_listed;   /* n_listed: whose panels are counted; up follows gate */
-    size_t n, rows;                /* tokens; rows of activations: n, or 2 n where fine */
+    size_t first;                  /* the token that the turn begins with */
+    size_t n, rows;                /* its tokens; rows of activations: n, or 2 n where fine */
     bool head;                     /* for the timers */
     bool own;                      /* each thread prepares the activations for itself */
     bool fine;                     /* row 2 t is token t, row 2 t + 1 what rounding it lost */
@@ -277,7 +281,7 @@ static void prepare_tokens(const struct project *p, size_t begin, size_t end, fl
                            struct sm_acts acts[SM_ACT_COUNT]) {
     size_t step = p->fine ? 2 : 1;
     for (size_t t = begin; t < end; t++) {
-        const float *row = p->s->row(p->s, t, room);
+        const float *row = p->s->row(p->s, p->first + t, room);
         for (int a = 0; a < SM_ACT_COUNT; a++) {
             if (!p->wants[a]) continue;
             bool finite = p->o->kernels->prepare[a](&acts[a], step * t, row);
@@ -348,11 +352,16 @@ static void multiply(const struct project *p, const struct sm_matrix *w,
 
 /* ---- adapters: tile += B ((A x) * scale), before biases -------------------------------------------------- */
 
+/* What token t of the turn, and those after it, add. */
+static const struct sm_adaptation *adaptation_of(const struct project *p, size_t t) {
+    return p->o->adaptations + p->first + t;
+}
+
 /* The tokens from t on, before end, that have the same adapter. */
 static size_t same_adapter(const struct project *p, size_t t, size_t end) {
-    const struct sm_adaptation *a = p->o->adaptations;
+    const struct sm_adaptation *a = adaptation_of(p, t);
     size_t n = 1;
-    while (t + n < end && a[t + n].adapter == a[t].adapter) n++;
+    while (t + n < end && a[n].adapter == a->adapter) n++;
     return n;
 }
 
@@ -369,7 +378,7 @@ static size_t n_low_panels(const struct sm_lora *lora) {
  * first + n - 1 of acts. */
 static void lower_panel(const struct project *p, size_t panel, size_t t, size_t n,
                         const struct sm_acts *acts, size_t first, struct local *l) {
-    const struct sm_adaptation *a = &p->o->adaptations[t]; /* [n] */
+    const struct sm_adaptation *a = adaptation_of(p, t); /* [n] */
     const struct sm_kernels *k = p->o->kernels;
     for (size_t i = 0; i < p->n_products; i++) {
         const struct sm_lora *lora = sm_adapter_lora(a->adapter, p->products[i].w);
@@ -407,9 +416,9 @@ static void lower_phase(void *arg, int thread, struct sm_work *work) {
             size_t first = item / p->n_low * LOW_TOKENS, last = SM_MIN(first + LOW_TOKENS, p->n);
             for (size_t t = first, n; t < last; t += n) {
                 n = same_adapter(p, t, last);
-                if (p->o->adaptations[t].adapter == NULL) continue;
+                if (adaptation_of(p, t)->adapter == NULL) continue;
                 for (size_t j = first; j < last && prepared != first; j++) {
-                    const float *row = p->s->row(p->s, j, l->row);
+                    const float *row = p->s->row(p->s, p->first + j, l->row);
                     if (!p->o->kernels->prepare[SM_ACT_F32](&acts, j - first, row))
                         sm_ops_fail(p->o, SMALLM_E_NUMERIC);
                 }
@@ -426,7 +435,7 @@ static void lower(struct project *p) {
         size_t n_low = 0;
         n = same_adapter(p, t, p->n);
         for (size_t i = 0; i < p->n_products; i++)
-            n_low += n_low_panels(sm_adapter_lora(p->o->adaptations[t].adapter, p->products[i].w));
+            n_low += n_low_panels(sm_adapter_lora(adaptation_of(p, t)->adapter, p->products[i].w));
         p->n_low = SM_MAX(p->n_low, n_low);
     }
     size_t n_blocks = (p->n + LOW_TOKENS - 1) / LOW_TOKENS;
@@ -441,7 +450,7 @@ static void add_adapters(const struct project *p, size_t i, size_t panel, size_t
     const size_t n_rows = SM_MIN(width, w->n_rows - panel * SM_PANEL_ROWS);
     for (size_t t = 0, n; p->n_low > 0 && t < p->n; t += n) {
         n = same_adapter(p, t, p->n);
-        const struct sm_lora *lora = sm_adapter_lora(p->o->adaptations[t].adapter, w);
+        const struct sm_lora *lora = sm_adapter_lora(adaptation_of(p, t)->adapter, w);
         if (lora == NULL) continue;
         const struct sm_acts acts = {.k = lora->rank, .k_pad = sm_act_pad(SM_ACT_F32, lora->rank),
                                      .stride = p->o->low_stride, .f = low_of(p, i, t)};
@@ -458,11 +467,12 @@ static void add_adapters(const struct project *p, size_t i, size_t panel, size_t
 
 /* ---- statistics ------------------------------------------------------------------------------------------ */
 
-/* Rows of a source that some matrices are multiplied with, by groups: first[g] - first[0] .. first[g + 1] -
- * first[0] - 1 are those of expert from + g. */
+/* Rows of a source, from `row` on, that some matrices are multiplied with, by groups: first[g] - first[0] ..
+ * first[g + 1] - first[0] - 1 of them are those of expert from + g. */
 struct observation {
     struct sm_ops *o;
     const struct sm_source *s;
+    size_t row;
     const size_t *first;   /* [n_groups + 1] */
     size_t n_groups, from;
     struct sm_sums *sums[SM_PRODUCTS_MAX]; /* [n_sums] */
@@ -477,7 +487,7 @@ static void copy_phase(void *arg, int thread, struct sm_work *work) {
     while (sm_work_take(work, &begin, &end))
         for (; begin < end; begin++) {
             float *to = ob->o->seen + begin * k;
-            const float *row = ob->s->row(ob->s, begin, to);
+            const float *row = ob->s->row(ob->s, ob->row + begin, to);
             if (row != to) memcpy(to, row, k * sizeof *row);
         }
     turn_to(l, SM_TIMER_WAIT);
@@ -528,7 +538,7 @@ static void observe(struct observation *ob) {
 
 static void observe_project(const struct project *p) {
     const size_t first[] = {0, p->n};
-    struct observation ob = {.o = p->o, .s = p->s, .first = first, .n_groups = 1};
+    struct observation ob = {.o = p->o, .s = p->s, .row = p->first, .first = first, .n_groups = 1};
     for (size_t i = 0; i < p->n_products; i++) add_sums(&ob, p->products[i].w);
     observe(&ob);
 }
@@ -678,7 +688,7 @@ static void product_phase(void *arg, int thread, struct sm_work *work) {
     turn_to(l, SM_TIMER_WAIT);
 }
 
-static void run_project(struct project *p) {
+static void run_turn(struct project *p) {
     p->rows = p->fine ? 2 * p->n : p->n;
     if (p->o->statistics != NULL) observe_project(p);
     if (!p->head) lower(p);
@@ -692,35 +702,50 @@ static void run_project(struct project *p) {
     run_phase(p->o, n_panels, PANELS_AT_ONCE, product_phase, p);
 }
 
+/* The product from token t on. */
+static struct sm_product product_from(const struct sm_product *product, size_t t) {
+    struct sm_product part = *product;
+    if (part.out != NULL) part.out += t * part.stride;
+    if (part.rows != NULL) part.rows += t;
+    if (part.peaks != NULL) part.peaks += t;
+    if (part.allowed != NULL) part.allowed += t;
+    return part;
+}
+
+/* All tokens: in a turn as many as the shared activations have rows for. */
+static void run_project(const struct project *all) {
+    size_t most = all->fine ? SM_MAX(all->o->n_tokens / 2, 1) : all->o->n_tokens;
+    for (size_t t = 0; t < all->n; t += most) {
+        struct project p = *all;
+        struct sm_product parts[SM_PRODUCTS_MAX];
+        for (size_t i = 0; i < all->n_products; i++) parts[i] = product_from(&all->products[i], t);
+        p.products = parts;
+        if (p.gated != NULL) p.gated += t * p.gated_stride;
+        p.first = t;
+        p.n = SM_MIN(most, all->n - t);
+        run_turn(&p);
+    }
+}
+
 void sm_ops_project(struct sm_ops *o, size_t n, const struct sm_source *s,
                     const struct sm_product *products, size_t n_products) {
-    struct project p = {.o = o, .s = s, .products = products, .n_products = n_products, .n = n};
+    const struct project p = {.o = o, .s = s, .products = products, .n_products = n_products, .n = n};
     run_project(&p);
 }
 
 void sm_ops_project_fine(struct sm_ops *o, size_t n, const struct sm_source *s,
                          const struct sm_product *product) {
     bool fine = sm_quants[product->w->type].act != SM_ACT_F32; /* else nothing is rounded */
-    /* The shared activations have room for n_tokens rows: half as many tokens. */
-    size_t most = fine ? SM_MAX(o->n_tokens / 2, 1) : o->n_tokens;
-    for (size_t t = 0; t < n; t += most) {
-        struct sm_source source = *s;
-        struct sm_product part = *product;
-        source.x += t * source.stride;
-        part.rows += t;
-        if (part.peaks != NULL) part.peaks += t;
-        if (part.allowed != NULL) part.allowed += t;
-        struct project p = {.o = o, .s = &source, .products = &part, .n_products = 1,
-                            .n = SM_MIN(most, n - t), .fine = fine, .head = true};
-        run_project(&p);
-    }
+    const struct project p = {.o = o, .s = s, .products = product, .n_products = 1, .n = n,
+                              .fine = fine, .head = true};
+    run_project(&p);
 }
 
 void sm_ops_gated(struct sm_ops *o, size_t n, const struct sm_source *s, const struct sm_product *gate,
                   const struct sm_product *up, sm_gated_fn *gated, float *out, size_t stride) {
     const struct sm_product both[2] = {*gate, *up};
-    struct project p = {.o = o, .s = s, .products = both, .n_products = 2, .n = n, .gated = out,
-                        .gated_stride = stride, .apply_gate = gated};
+    const struct project p = {.o = o, .s = s, .products = both, .n_products = 2, .n = n, .gated = out,
+                              .gated_stride = stride, .apply_gate = gated};
     run_project(&p);
 }
 
@@ -901,7 +926,11 @@ static void each_phase(void *arg, int thread, struct sm_work *work) {
     struct local *l = &e->o->locals[thread];
     size_t item, end;
     turn_to(l, e->timer);
-    while (sm_work_take(work, &item, &end)) e->run(e->context, item, l->scratch, l->own);
+    while (sm_work_take(work, &item, &end)) {
+        /* Attention within a long text takes a second and more. */
+        if (is_cancelled(e->o)) sm_ops_fail(e->o, SMALLM_E_CANCELLED);
+        else e->run(e->context, item, l->scratch, l->own);
+    }
     turn_to(l, SM_TIMER_WAIT);
 }
 

@@ -55,9 +55,9 @@ struct sm_product {
 
 struct sm_ops;
 
-/* Buffers for at most n_tokens tokens, or slots of experts at once; k_max: the longest row any product
- * reads; timed: keeps timers; statistics: what products read is added to them, in phases of its own;
- * NULL: it is not. */
+/* Buffers for n_tokens tokens, or slots of experts, at once: products of more tokens take several turns.
+ * k_max: the longest row any product reads; timed: keeps timers; statistics: what products read is added
+ * to them, in phases of its own; NULL: it is not. */
 int sm_ops_new(int n_threads, size_t n_tokens, size_t k_max, const struct sm_kernels *kernels, bool timed,
                struct sm_statistics *statistics, struct sm_ops **out, smallm_error *err);
 void sm_ops_free(struct sm_ops *o); /* NULL allowed */

@@ -7,18 +7,11 @@
 /* A tile of ops.c holds at least one panel of every token. */
 #define MAX_BATCH 2048
 
-struct sm_session {
-    const struct sm_model *model;
-    struct sm_session_params params;
-    struct sm_cache cache;
-    struct sm_ops *ops;
-    struct sm_buffers buffers;
-    float *floats;              /* what buffers point into, but partial */
+/* What passes over at most n tokens need: the batch's arrays, [n] each, and what buffers point into. */
+struct room {
+    size_t n;
+    float *floats;
     size_t n_float_bytes;
-    size_t cap_partial;         /* floats */
-    struct sm_timers timers;
-    struct sm_statistics *statistics; /* or NULL */
-    /* The batch's arrays, [n_batch] each. */
     int32_t *tokens;
     int *positions, *ends;
     struct sm_seq **seqs;
@@ -33,72 +26,123 @@ struct sm_session {
     float **states;
 };
 
-static int allocate(struct sm_session *s, smallm_error *err) {
+struct sm_session {
+    const struct sm_model *model;
+    struct sm_session_params params;
+    struct sm_cache cache;
+    struct sm_ops *ops;
+    struct sm_buffers buffers;
+    struct room room;           /* for n_batch tokens, or for the longest text that ran as a whole */
+    size_t cap_partial;         /* floats */
+    struct sm_timers timers;
+    struct sm_statistics *statistics; /* or NULL */
+};
+
+/* Whether a text of this span is one pass, however long. */
+static bool is_whole(const struct sm_session *s, const struct sm_span *span) {
+    return span->encodes || s->model->arch->is_encoder;
+}
+
+/* Rows of the feed-forward for n tokens: one for each, or for each expert that a token uses: of these
+ * as many at once as there are tokens, and in decode all. */
+static size_t n_ff_rows(const struct sm_hparams *h, size_t n) {
+    return h->n_expert > 0 ? SM_MAX(n, SM_MIN(n, SM_ALONE_MAX) * (size_t)h->n_used) : n;
+}
+
+static size_t ff_width(const struct sm_hparams *h) {
+    return (size_t)(h->n_expert > 0 ? SM_MAX(h->n_ff_expert, h->n_ff_shared) : h->n_ff);
+}
+
+/* Points *b into `floats` for n tokens; NULL: only the number of floats is wanted, which is given. */
+static size_t lay_out(const struct sm_session *s, size_t n, float *floats, struct sm_buffers *b) {
     const struct sm_hparams *h = &s->model->h;
-    size_t n = (size_t)s->params.n_batch, n_embd = (size_t)h->n_embd;
+    const struct sm_arch *arch = s->model->arch;
+    size_t n_embd = (size_t)h->n_embd, n_angles = (size_t)(h->n_rope * (h->n_rot / 2));
     size_t q_size = (size_t)(h->n_head * h->head), kv_size = (size_t)(h->n_head_kv * h->head);
-    size_t n_angles = (size_t)(h->n_rope * (h->n_rot / 2));
-    /* The feed-forward has a row for each token, or for each expert that a token uses: of these
-     * as many at once as there are tokens, and in decode all. */
-    size_t n_ff = (size_t)h->n_ff, n_rows = n;
-    if (h->n_expert > 0) {
-        n_ff = (size_t)SM_MAX(h->n_ff_expert, h->n_ff_shared);
-        n_rows = SM_MAX(n, SM_MIN(n, SM_ALONE_MAX) * (size_t)h->n_used);
-    }
-    enum sm_norm_place norms = s->model->arch->norms;
-    bool has_y = norms == SM_NORMS_AFTER || norms == SM_NORMS_AROUND;
-    struct {
+    bool has_y = arch->norms == SM_NORMS_AFTER || arch->norms == SM_NORMS_AROUND;
+    const struct {
         float **at;
         size_t n, width;
-    } const parts[] = {
-        {&s->buffers.mix, n, h->n_state_layer > 0 ? (size_t)sm_mixer_in(h) : 0},
-        {&s->buffers.x, n, n_embd}, {&s->buffers.q, n, q_size}, {&s->buffers.k, n, kv_size},
-        {&s->buffers.v, n, kv_size}, {&s->buffers.h, n_rows, n_ff}, {&s->buffers.wanted, n, n_embd},
-        {&s->buffers.cos, n, n_angles}, {&s->buffers.sin, n, n_angles},
-        {&s->buffers.y, n, has_y ? n_embd : 0},
+    } parts[] = {
+        {&b->mix, n, h->n_state_layer > 0 ? (size_t)sm_mixer_in(h) : 0},
+        {&b->x, n, n_embd}, {&b->q, n, q_size}, {&b->k, n, kv_size}, {&b->v, n, kv_size},
+        {&b->h, n_ff_rows(h, n), ff_width(h)}, {&b->wanted, n, arch->is_encoder ? 0 : n_embd},
+        {&b->cos, n, n_angles}, {&b->sin, n, n_angles}, {&b->y, n, has_y ? n_embd : 0},
     };
     size_t all = 0;
-    for (size_t i = 0; i < SM_COUNT(parts); i++)
-        all += sm_round_up(parts[i].n * parts[i].width, SM_ALIGN);
-    s->n_float_bytes = all * sizeof(float);
-    s->floats = sm_alloc(s->n_float_bytes);
-    s->tokens = sm_calloc(n, sizeof s->tokens[0]);
-    s->positions = sm_calloc(n, sizeof s->positions[0]);
-    s->ends = sm_calloc(n, sizeof s->ends[0]);
-    s->seqs = sm_calloc(n, sizeof s->seqs[0]);
-    s->sources = sm_calloc(n, sizeof s->sources[0]);
-    s->adaptations = sm_calloc(n, sizeof s->adaptations[0]);
-    s->blocks = sm_calloc(n, sizeof s->blocks[0]);
-    s->runs = sm_calloc(n, sizeof s->runs[0]);
-    s->wanted = sm_calloc(n, sizeof s->wanted[0]);
-    s->logits = sm_calloc(n, sizeof s->logits[0]);
-    s->peaks = sm_calloc(n, sizeof s->peaks[0]);
-    s->allowed = sm_calloc(n, sizeof s->allowed[0]);
-    s->hidden = sm_calloc(n, sizeof s->hidden[0]);
-    s->states = sm_calloc(n, sizeof s->states[0]);
-    if (s->floats == NULL || s->tokens == NULL || s->positions == NULL || s->ends == NULL ||
-        s->seqs == NULL || s->sources == NULL ||
-        s->blocks == NULL || s->runs == NULL || s->wanted == NULL || s->logits == NULL ||
-        s->peaks == NULL || s->allowed == NULL || s->adaptations == NULL || s->hidden == NULL ||
-        s->states == NULL)
-        return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
-    s->buffers.freqs = sm_model_rope_freqs(s->model, s->params.n_ctx);
-    float *at = s->floats;
     for (size_t i = 0; i < SM_COUNT(parts); i++) {
-        *parts[i].at = at;
-        at += sm_round_up(parts[i].n * parts[i].width, SM_ALIGN);
+        if (floats != NULL) *parts[i].at = floats + all;
+        all += sm_round_up(parts[i].n * parts[i].width, SM_ALIGN);
     }
+    return all;
+}
+
+static void free_room(struct room *r) {
+    sm_free(r->floats);
+    sm_free(r->tokens);
+    sm_free(r->positions);
+    sm_free(r->ends);
+    sm_free(r->seqs);
+    sm_free(r->sources);
+    sm_free(r->adaptations);
+    sm_free(r->blocks);
+    sm_free(r->runs);
+    sm_free(r->wanted);
+    sm_free(r->logits);
+    sm_free(r->peaks);
+    sm_free(r->allowed);
+    sm_free(r->hidden);
+    sm_free(r->states);
+}
+
+/* Makes room for n tokens.  SMALLM_E_MEMORY: nothing has changed. */
+static int make_room(struct sm_session *s, size_t n, smallm_error *err) {
+    struct room r = {.n = n, .n_float_bytes = lay_out(s, n, NULL, &s->buffers) * sizeof(float)};
+    r.floats = sm_alloc(r.n_float_bytes);
+    r.tokens = sm_calloc(n, sizeof r.tokens[0]);
+    r.positions = sm_calloc(n, sizeof r.positions[0]);
+    r.ends = sm_calloc(n, sizeof r.ends[0]);
+    r.seqs = sm_calloc(n, sizeof r.seqs[0]);
+    r.sources = sm_calloc(n, sizeof r.sources[0]);
+    r.adaptations = sm_calloc(n, sizeof r.adaptations[0]);
+    r.blocks = sm_calloc(n, sizeof r.blocks[0]);
+    r.runs = sm_calloc(n, sizeof r.runs[0]);
+    r.wanted = sm_calloc(n, sizeof r.wanted[0]);
+    r.logits = sm_calloc(n, sizeof r.logits[0]);
+    r.peaks = sm_calloc(n, sizeof r.peaks[0]);
+    r.allowed = sm_calloc(n, sizeof r.allowed[0]);
+    r.hidden = sm_calloc(n, sizeof r.hidden[0]);
+    r.states = sm_calloc(n, sizeof r.states[0]);
+    if (r.floats == NULL || r.tokens == NULL || r.positions == NULL || r.ends == NULL || r.seqs == NULL ||
+        r.sources == NULL || r.adaptations == NULL || r.blocks == NULL || r.runs == NULL ||
+        r.wanted == NULL || r.logits == NULL || r.peaks == NULL || r.allowed == NULL ||
+        r.hidden == NULL || r.states == NULL) {
+        free_room(&r);
+        return sm_fail(err, SMALLM_E_MEMORY, "no memory for activations of %zu tokens", n);
+    }
+    lay_out(s, n, r.floats, &s->buffers);
+    free_room(&s->room);
+    s->room = r;
+    return SMALLM_OK;
+}
+
+static int allocate(struct sm_session *s, smallm_error *err) {
+    const struct sm_hparams *h = &s->model->h;
+    size_t n = (size_t)s->params.n_batch;
+    int status = make_room(s, n, err);
+    if (status != SMALLM_OK) return status;
+    s->buffers.freqs = sm_model_rope_freqs(s->model, s->params.n_ctx);
     if (h->n_expert > 0) {
-        int status = sm_router_new(h, n, &s->buffers.router, err);
+        status = sm_router_new(h, n, &s->buffers.router, err);
         if (status != SMALLM_OK) return status;
     }
-    size_t k_max = SM_MAX(SM_MAX(n_embd, q_size), n_ff);
+    size_t k_max = SM_MAX(SM_MAX((size_t)h->n_embd, (size_t)(h->n_head * h->head)), ff_width(h));
     if (h->n_state_layer > 0) k_max = SM_MAX(k_max, (size_t)sm_mixer_out(h));
     if (s->params.observed) {
-        int status = sm_statistics_new(s->model, &s->statistics, err);
+        status = sm_statistics_new(s->model, &s->statistics, err);
         if (status != SMALLM_OK) return status;
     }
-    return sm_ops_new(s->params.n_threads, n_rows, k_max, s->model->kernels, s->params.timed,
+    return sm_ops_new(s->params.n_threads, n_ff_rows(h, n), k_max, s->model->kernels, s->params.timed,
                       s->statistics, &s->ops, err);
 }
 
@@ -137,21 +181,7 @@ void sm_session_free(struct sm_session *s) {
     sm_statistics_free(s->statistics);
     sm_router_free(s->buffers.router);
     sm_free(s->buffers.partial);
-    sm_free(s->floats);
-    sm_free(s->tokens);
-    sm_free(s->positions);
-    sm_free(s->ends);
-    sm_free(s->seqs);
-    sm_free(s->sources);
-    sm_free(s->adaptations);
-    sm_free(s->blocks);
-    sm_free(s->runs);
-    sm_free(s->wanted);
-    sm_free(s->logits);
-    sm_free(s->peaks);
-    sm_free(s->allowed);
-    sm_free(s->hidden);
-    sm_free(s->states);
+    free_room(&s->room);
     sm_free(s);
 }
 
@@ -197,16 +227,32 @@ void sm_seq_free(struct sm_session *s, struct sm_seq *seq) {
 
 /* ---- running ----------------------------------------------------------------------------------------------- */
 
+/* Room for a text that is longer than any before: it comes out of the cache's, which must still hold the
+ * text. */
+static int grow_room(struct sm_session *s, size_t n, smallm_error *err) {
+    uint64_t before = s->room.n_float_bytes, limit = s->cache.memory_limit;
+    uint64_t need = lay_out(s, n, NULL, &s->buffers) * sizeof(float) - before;
+    uint64_t pages = (n + SM_PAGE - 1) / SM_PAGE * s->cache.page_bytes;
+    uint64_t cache = SM_MAX(pages, s->cache.n_bytes);
+    if (limit != 0 && (need >= limit || cache > limit - need))
+        return sm_fail(err, SMALLM_E_BUDGET,
+                       "a text of %zu tokens needs another %llu bytes of activations and %llu of cache; "
+                       "memory_limit leaves %llu", n, (unsigned long long)need, (unsigned long long)pages,
+                       (unsigned long long)limit);
+    int status = make_room(s, n, err);
+    if (limit != 0) s->cache.memory_limit -= s->room.n_float_bytes - before;
+    return status;
+}
+
 /* Judges the spans and reserves what the pass will write. */
-static int prepare(struct sm_session *s, const struct sm_span *spans, int n_spans, int *n_tokens,
-                   smallm_error *err) {
+static int prepare(struct sm_session *s, const struct sm_span *spans, int n_spans, smallm_error *err) {
     int n = 0;
     for (int i = 0; i < n_spans; i++) {
         const struct sm_span *span = &spans[i];
-        if (span->n < 1 || span->n > s->params.n_batch - n)
+        bool fits = span->n <= s->params.n_batch - n || (n_spans == 1 && is_whole(s, span));
+        if (span->n < 1 || !fits)
             return sm_fail(err, SMALLM_E_ARGUMENT, "a pass of %d tokens; allowed are 1 to %d",
                            n + span->n, s->params.n_batch);
-        n += span->n;
         bool has_encoder = s->model->h.n_encoder > 0, has_source = span->source != NULL && span->source->n > 0;
         if (span->encodes != spans[0].encodes || has_encoder != (span->encodes || has_source) ||
             (span->encodes && span->seq->n > 0))
@@ -218,10 +264,12 @@ static int prepare(struct sm_session *s, const struct sm_span *spans, int n_span
         if (span->n > s->params.n_ctx - span->seq->n)
             return sm_fail(err, SMALLM_E_CONTEXT, "%d tokens; the context holds %d",
                            span->seq->n + span->n, s->params.n_ctx);
-        int status = sm_cache_reserve(&s->cache, span->seq, span->seq->n + span->n, err);
+        n += span->n;
+        int status = n > (int)s->room.n ? grow_room(s, (size_t)n, err) : SMALLM_OK;
+        if (status == SMALLM_OK)
+            status = sm_cache_reserve(&s->cache, span->seq, span->seq->n + span->n, err);
         if (status != SMALLM_OK) return status;
     }
-    *n_tokens = n;
     return SMALLM_OK;
 }
 
@@ -269,59 +317,59 @@ static int reserve_partial(struct sm_session *s, const struct sm_batch *batch, s
 static void fill_batch(struct sm_session *s, const struct sm_span *spans, int n_spans,
                        struct sm_batch *batch) {
     const struct sm_hparams *h = &s->model->h;
+    const struct room *r = &s->room;
     size_t group = h->n_kv_layer > 0 ? (size_t)(h->n_head / h->n_head_kv) : 1;
     size_t block_tokens = SM_MAX(SM_ATTEND_MAX / group, 1);
-    *batch = (struct sm_batch){.tokens = s->tokens, .positions = s->positions, .ends = s->ends, .seqs = s->seqs,
-                               .blocks = s->blocks, .runs = s->runs, .wanted = s->wanted, .logits = s->logits,
-                               .peaks = s->peaks, .allowed = s->allowed, .hidden = s->hidden,
-                               .states = s->states, .alone = true};
+    *batch = (struct sm_batch){.tokens = r->tokens, .positions = r->positions, .ends = r->ends,
+                               .seqs = r->seqs, .blocks = r->blocks, .runs = r->runs,
+                               .wanted = r->wanted, .logits = r->logits, .peaks = r->peaks,
+                               .allowed = r->allowed, .hidden = r->hidden, .states = r->states,
+                               .alone = true};
     for (int i = 0; i < n_spans; i++) {
         const struct sm_span *span = &spans[i];
         size_t n = (size_t)span->n;
         if (n > 1) batch->alone = false;
-        if (span->adaptation.adapter != NULL) batch->adaptations = s->adaptations;
+        if (span->adaptation.adapter != NULL) batch->adaptations = r->adaptations;
         for (size_t t = 0; t < n; t++) {
             size_t at = batch->n + t;
-            s->tokens[at] = span->tokens[t];
-            s->positions[at] = span->seq->n + (int)t;
-            bool sees_all = span->encodes || s->model->arch->is_encoder;
-            s->ends[at] = span->seq->n + (sees_all ? span->n : (int)t + 1);
-            s->seqs[at] = span->seq;
-            s->sources[at] = span->source;
-            s->adaptations[at] = span->adaptation;
+            r->tokens[at] = span->tokens[t];
+            r->positions[at] = span->seq->n + (int)t;
+            r->ends[at] = span->seq->n + (is_whole(s, span) ? span->n : (int)t + 1);
+            r->seqs[at] = span->seq;
+            r->sources[at] = span->source;
+            r->adaptations[at] = span->adaptation;
             if (span->want == SM_WANT_HIDDEN) {
-                s->hidden[batch->n_hidden] = at;
-                s->states[batch->n_hidden++] = span->logits + t * (size_t)h->n_embd;
+                r->hidden[batch->n_hidden] = at;
+                r->states[batch->n_hidden++] = span->logits + t * (size_t)h->n_embd;
             }
             size_t skip = span->want == SM_WANT_ROWS ? (size_t)span->n_skip : n - 1;
             if ((span->want == SM_WANT_ROWS || span->want == SM_WANT_LAST) && t >= skip) {
-                s->wanted[batch->n_wanted] = at;
-                s->allowed[batch->n_wanted] = span->want == SM_WANT_LAST ? span->allowed : NULL;
-                s->peaks[batch->n_wanted] = t + 1 == n ? span->peaks : NULL;
-                s->logits[batch->n_wanted++] = span->logits + (t - skip) * (size_t)h->n_vocab;
+                r->wanted[batch->n_wanted] = at;
+                r->allowed[batch->n_wanted] = span->want == SM_WANT_LAST ? span->allowed : NULL;
+                r->peaks[batch->n_wanted] = t + 1 == n ? span->peaks : NULL;
+                r->logits[batch->n_wanted++] = span->logits + (t - skip) * (size_t)h->n_vocab;
             }
         }
         const struct sm_seq *seq = span->seq;
-        s->runs[batch->n_runs++] =
+        r->runs[batch->n_runs++] =
             (struct sm_run){.first = batch->n, .n = n,
                             .from = seq->state != NULL ? seq->state->data : NULL,
                             .mid = seq->mid != NULL ? seq->mid->data : NULL,
                             .to = seq->next != NULL ? seq->next->data : NULL};
         for (size_t t = 0; t < n; t += block_tokens)
-            s->blocks[batch->n_blocks++] =
+            r->blocks[batch->n_blocks++] =
                 (struct sm_block){.first = batch->n + t, .n = SM_MIN(block_tokens, n - t)};
         batch->n += n;
     }
     if (batch->n > SM_ALONE_MAX) batch->alone = false;
     batch->encodes = spans[0].encodes;
-    if (h->n_encoder > 0 && !batch->encodes) batch->sources = s->sources;
+    if (h->n_encoder > 0 && !batch->encodes) batch->sources = r->sources;
 }
 
 int sm_session_run(struct sm_session *s, const struct sm_span *spans, int n_spans,
                    const atomic_bool *cancel, smallm_error *err) {
-    int n_tokens;
     int status = reserve_adapters(s, spans, n_spans, err);
-    if (status == SMALLM_OK) status = prepare(s, spans, n_spans, &n_tokens, err);
+    if (status == SMALLM_OK) status = prepare(s, spans, n_spans, err);
     if (status != SMALLM_OK) return status;
     struct sm_batch batch;
     fill_batch(s, spans, n_spans, &batch);
@@ -358,6 +406,6 @@ const struct sm_statistics *sm_session_statistics(const struct sm_session *s) { 
 uint64_t sm_session_cache_bytes(const struct sm_session *s) { return s->cache.n_bytes; }
 
 uint64_t sm_session_scratch_bytes(const struct sm_session *s) {
-    return s->n_float_bytes + sm_ops_bytes(s->ops) + sm_router_bytes(s->buffers.router) +
+    return s->room.n_float_bytes + sm_ops_bytes(s->ops) + sm_router_bytes(s->buffers.router) +
            s->cap_partial * sizeof(float) + (s->statistics != NULL ? s->statistics->n_bytes : 0);
 }

@@ -61,7 +61,8 @@ struct sm_span { /* the next tokens of one sequence */
     float *peaks;          /* NULL, or room for the peaks (peaks.h) of the last token's logits */
 };
 
-/* One forward pass over all spans: 1 <= sum of n <= n_batch, each sequence at most once.
+/* One forward pass over all spans: 1 <= sum of n <= n_batch, each sequence at most once; or one text of
+ * an encoder, which may be longer: memory for it grows, and stays.
  * On success every sequence is n tokens longer.  *cancel (may be NULL) is read every phase:
  * SMALLM_E_CANCELLED within that phase.  SMALLM_E_CONTEXT where a sequence would exceed n_ctx,
  * SMALLM_E_BUDGET / SMALLM_E_MEMORY where the cache cannot grow. */

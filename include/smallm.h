@@ -183,7 +183,8 @@ typedef struct smallm_engine_params {
     size_t size;
     int32_t n_threads;     /* 0: SMALLM_THREADS, else the default count; 1 .. 256 */
     int32_t n_ctx;         /* positions a sequence may hold; 0: the trained length */
-    int32_t n_batch;       /* tokens in one forward pass; 0: 512, or with an encoder n_ctx up to 2048 */
+    int32_t n_batch;       /* tokens in one forward pass, 1 .. 2048; 0: 512.  A text that an encoder reads
+                            * is one pass, however long: scratch then grows with it */
     int32_t kv_type;       /* smallm_kv_type */
     uint64_t memory_limit; /* bytes for KV cache, states and scratch, 0: none */
     int32_t timers;        /* 1: keeps smallm_engine_timer's sums; 0: only where SMALLM_TIMERS=1 */
@@ -271,9 +272,8 @@ typedef struct smallm_request_params {
     int32_t n_chunk;         /* tokens prefilled in one pass, 1 .. n_batch; 0: n_batch */
     float adapter_scale;     /* what `adapter` adds is multiplied by this; 0: 1 */
     smallm_adapter *adapter; /* of the engine's model, or NULL: the model alone */
-    /* Encoder-decoders: [n_source] the text that the encoder reads, at least 1 token, and at most n_ctx
-     * and n_batch: it is run in one pass.  `tokens` are then what the answer begins with, the model's
-     * decoder_start first.  Other models have none. */
+    /* Encoder-decoders: [n_source] the text that the encoder reads, in one pass; 1 .. n_ctx.  `tokens`
+     * are then what the answer begins with, the model's decoder_start first.  Other models have none. */
     const int32_t *source;
     size_t n_source;
     float *embedding;        /* NULL, or [n_embd]: filled with one vector for all tokens, pooled from the

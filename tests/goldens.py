@@ -311,7 +311,7 @@ def main() -> None:
         heads = Path(sys.argv[2])
         heads.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
-            for name in names() + names("encoder-decoder"):
+            for name in names() + names("encoder-decoder") + names("encoder"):
                 write_head(Golden(name, Path(work)), heads / name)
         return
     folder = Path(sys.argv[1])

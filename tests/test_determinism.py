@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from goldens import Golden, decoder_ids
 
 import smallm
 from smallm import _ffi
@@ -100,7 +101,7 @@ class Engine:
         self.engine = out[0]
         info = self.struct("smallm_model_info")
         self.check(lib.smallm_model_get_info(self.model, info, self.error))
-        self.n_vocab = info.n_vocab
+        self.n_vocab, self.n_embd = info.n_vocab, info.n_embd
 
     def struct(self, name: str) -> Any:
         out = ffi.new(f"{name} *")
@@ -117,24 +118,33 @@ class Engine:
         return info.n_forward, info.n_tokens
 
     def logits(
-        self, prompts: Sequence[Sequence[int]], chunk: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        chunk: int = 0,
+        source: Sequence[int] = (),
+        embed: bool = False,
     ) -> tuple[list[np.ndarray], list[int]]:
-        """All prompts submitted before the first is waited for: logits [n, n_vocab] of each, and
-        the number of passes each took part in."""
+        """All prompts submitted before the first is waited for: logits [n, n_vocab] of each, or
+        vectors [n_embd], and the number of passes each took part in."""
         requests, results, keep = [], [], []
         for ids in prompts:
-            result = np.full((len(ids), self.n_vocab), np.nan, dtype=np.float32)
+            shape = (self.n_embd,) if embed else (len(ids), self.n_vocab)
+            result = np.full(shape, np.nan, dtype=np.float32)
             params = self.struct("smallm_request_params")
+            text = ffi.new("int32_t[]", list(source))
+            if source:
+                params.source, params.n_source = text, len(source)
             tokens = ffi.new("int32_t[]", list(ids))
             params.tokens, params.n_tokens, params.n_chunk = tokens, len(ids), chunk
             params.sampling.size = ffi.sizeof("smallm_sampling")
             params.n_logprobs = -1
-            params.logits = ffi.from_buffer("float[]", result, require_writable=True)
+            buffer = ffi.from_buffer("float[]", result, require_writable=True)
+            setattr(params, "embedding" if embed else "logits", buffer)
             out = ffi.new("smallm_request **")
             self.check(lib.smallm_engine_submit(self.engine, params, out, self.error))
             requests.append(out[0])
             results.append(result)
-            keep.append((params, tokens))
+            keep.append((params, tokens, text))
         chunks = []
         for request in requests:
             chunk_out, stats = self.struct("smallm_chunk"), self.struct("smallm_request_stats")
@@ -228,6 +238,25 @@ def test_a_list_of_prompts_is_answered_as_each_alone(models: Callable[[str], Pat
         assert (a.text, a.tokens, a.finish_reason) == (b.text, b.tokens, b.finish_reason)
         assert a.logprobs == b.logprobs and a.logprobs is not None
     assert len({tuple(a.tokens) for a in alone}) == 5
+
+
+@pytest.mark.parametrize("name", ["nomic-bert", "modern-bert", "t5"])
+def test_a_text_that_is_longer_than_a_pass_is_one(name: str, tmp_path: Path) -> None:
+    """What an encoder reads: products take it in several turns, and the bits stay."""
+    golden = Golden(name, tmp_path)
+    path = golden.change(tmp_path / "m.gguf", keys={"context_length": 3000})
+    text, short = (golden.ids * 10)[:3000], golden.ids[:40]
+    first = None
+    for n_batch, threads in ((2048, 1), (512, 2), (64, 3), (7, 2)):
+        with Engine(path, threads=threads, n_batch=n_batch) as engine:
+            if name == "t5":
+                got = engine.logits([decoder_ids(short)] * 2, source=text)[0]
+            else:
+                got = engine.logits([short, text, short, text], embed=True)[0]
+                assert same_bits(got[0], got[2])
+        assert same_bits(got[-1], got[1])
+        first = got if first is None else first
+        assert all(same_bits(a, b) for a, b in zip(got, first, strict=True)), (n_batch, threads)
 
 
 # ---- instruction sets ----------------------------------------------------------------------------

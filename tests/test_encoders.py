@@ -219,13 +219,35 @@ def test_a_causal_encoder_is_refused(golden: Golden, tmp_path: Path) -> None:
         smallm.load(path)
 
 
-def test_a_text_longer_than_the_positions_is_refused(golden: Golden) -> None:
+def test_a_text_longer_than_the_context_is_refused(golden: Golden) -> None:
     with smallm.load(golden.path) as model:
         assert model.info.context == 512
         ids = (golden.ids * 2)[:513]
         assert np.isfinite(model.embed([ids[:512]])).all()
         with pytest.raises(smallm.ContextOverflowError, match=r"texts\[0\] has 513 .* holds 512"):
             model.embed([ids])
+
+
+def test_memory_grows_with_the_text_and_within_its_limit(tmp_path: Path) -> None:
+    golden = Golden("nomic-bert", tmp_path)
+    path = golden.change(tmp_path / "m.gguf", keys={"context_length": 20000})
+    texts = [golden.ids * n for n in (1, 10, 40)]
+    with smallm.load(path, threads=2) as model:
+        short, infos = model.embed([texts[0]]), [model.info]
+        long = model.embed([texts[1]])
+        infos.append(model.info)
+        assert np.array_equal(model.embed([texts[0]]), short)
+        assert not np.array_equal(short, long)
+    more = infos[1].scratch_bytes - infos[0].scratch_bytes
+    assert 0 < more < len(texts[1]) * 4096 < infos[0].scratch_bytes * 10
+    # One layer's keys and values at a time: 64 of each, as float16.
+    assert infos[1].cache_bytes < 1.1 * len(texts[1]) * 2 * 64 * 2
+    limit = infos[1].bytes + infos[1].scratch_bytes + infos[1].cache_bytes + 100_000
+    with smallm.load(path, threads=2, memory_limit=limit) as model:
+        with pytest.raises(smallm.MemoryBudgetError, match="a text of 12000 tokens needs"):
+            model.embed([texts[2]])
+        assert np.array_equal(model.embed([texts[0]]), short)
+        assert np.array_equal(model.embed([texts[1]]), long)
 
 
 def test_many_texts_of_all_lengths_go_into_passes_as_wholes(golden: Golden) -> None:

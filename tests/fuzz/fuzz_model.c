@@ -11,8 +11,8 @@
  * is made what the message asks for: keys that contradict every shape of their seed are run, too, and
  * messages have to say enough.
  *
- * A model that opens must give the same bits at once, token by token and after cutting and forking,
- * and is opened once more with one of its allocations failing. */
+ * A model that opens must give the same bits at once, token by token and after cutting and forking (an
+ * encoder in passes of several sizes), and is opened once more with one of its allocations failing. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -310,6 +310,46 @@ static int feed(const struct run *r, struct sm_seq *seq, int from, int to, int n
     return SMALLM_OK;
 }
 
+/* States [n_ctx][n_embd] of all tokens of a text that an encoder reads n_texts times in one pass. */
+static int encode(const struct sm_model *m, const struct sm_session_params *params, const int32_t *tokens,
+                  int n_texts, float *const *states) {
+    smallm_error err = {.size = sizeof err};
+    struct sm_session *session;
+    struct sm_span spans[2];
+    int status = sm_session_new(m, params, &session, &err);
+    for (int i = 0; i < n_texts && status == SMALLM_OK; i++) {
+        spans[i] = (struct sm_span){.tokens = tokens, .n = params->n_ctx, .want = SM_WANT_HIDDEN,
+                                    .logits = states[i]};
+        CHECK(sm_seq_new(session, &spans[i].seq, &err) == SMALLM_OK);
+    }
+    if (status == SMALLM_OK) {
+        status = sm_session_run(session, spans, n_texts, NULL, &err);
+        for (int i = 0; i < n_texts; i++) {
+            CHECK(sm_seq_length(spans[i].seq) == (status == SMALLM_OK ? params->n_ctx : 0));
+            sm_seq_free(session, spans[i].seq);
+        }
+        sm_session_free(session);
+    }
+    CHECK(status == SMALLM_OK || status == SMALLM_E_NUMERIC || status == SMALLM_E_MEMORY ||
+          status == SMALLM_E_BUDGET);
+    return status;
+}
+
+/* An encoder: the same bits in a pass that the text is too long for, and twice in one that holds both. */
+static void run_encoder(const struct sm_model *m, struct sm_session_params params, const int32_t *tokens) {
+    size_t n_bytes = (size_t)params.n_ctx * (size_t)m->h.n_embd * sizeof(float);
+    float *states[3];
+    for (int i = 0; i < 3; i++) CHECK((states[i] = calloc(1, n_bytes)) != NULL);
+    int alone = encode(m, &params, tokens, 1, states);
+    params.n_batch = 2 * params.n_ctx;
+    int both = encode(m, &params, tokens, 2, states + 1);
+    if (alone == SMALLM_E_NUMERIC || both == SMALLM_E_NUMERIC)
+        CHECK(alone == both || alone == SMALLM_E_BUDGET || both == SMALLM_E_BUDGET);
+    for (int i = 1; i < 3 && alone == SMALLM_OK && both == SMALLM_OK; i++)
+        CHECK(memcmp(states[0], states[i], n_bytes) == 0);
+    for (int i = 0; i < 3; i++) free(states[i]);
+}
+
 static void run_model(const struct sm_model *m, uint32_t seed) {
     smallm_error err = {.size = sizeof err};
     struct run r = {.n_batch = 11};
@@ -318,14 +358,18 @@ static void run_model(const struct sm_model *m, uint32_t seed) {
         .n_threads = 1, .n_ctx = SM_MIN(m->h.n_ctx_train, n), .n_batch = r.n_batch,
         .kv_type = (int)(seed >> 8) % 3, .memory_limit = (uint64_t)256 << 20};
     n = params.n_ctx;
+    for (int i = 0; i < n; i++)
+        r.tokens[i] = (int32_t)(((seed >> i % 16) + (uint32_t)(i * 7)) % (uint32_t)m->h.n_vocab);
+    if (m->arch->is_encoder) {
+        run_encoder(m, params, r.tokens);
+        return;
+    }
     int status = sm_session_new(m, &params, &r.session, &err);
     if (status != SMALLM_OK) {
         CHECK(status == SMALLM_E_BUDGET || status == SMALLM_E_MEMORY);
         return;
     }
     r.n_vocab = (size_t)m->h.n_vocab;
-    for (int i = 0; i < n; i++)
-        r.tokens[i] = (int32_t)(((seed >> i % 16) + (uint32_t)(i * 7)) % (uint32_t)m->h.n_vocab);
     float *logits[2];
     struct sm_seq *seqs[2], *fork;
     for (int i = 0; i < 2; i++) {
@@ -334,7 +378,7 @@ static void run_model(const struct sm_model *m, uint32_t seed) {
     }
     if (m->h.n_encoder > 0) {
         CHECK(sm_seq_new(r.session, &r.source, &err) == SMALLM_OK);
-        status = feed(&r, r.source, 0, SM_MIN(n, r.n_batch), r.n_batch, NULL);
+        status = feed(&r, r.source, 0, n, n, NULL); /* one pass, whatever n_batch is */
     }
     bool encoded = status == SMALLM_OK;
     if (encoded) status = feed(&r, seqs[0], 0, n, r.n_batch, logits[0]);
