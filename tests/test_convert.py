@@ -157,7 +157,8 @@ def test_mxfp4_stays_as_it_is(tmp_path: Path) -> None:
             numbers = np.ldexp(
                 pairs.reshape(*scales.shape, 32), scales[..., None].astype(int) - 127
             )
-            values[name] = numbers.reshape(n_experts, n_rows, n_cols).swapaxes(1, 2)
+            as_stored = numbers.reshape(n_experts, n_rows, n_cols).swapaxes(1, 2)
+            values[name] = np.ascontiguousarray(as_stored)
 
     edit(folder, pack)
     for type_name in ("f32", "q8_0"):
@@ -182,7 +183,9 @@ def test_mxfp4_stays_as_it_is(tmp_path: Path) -> None:
     for path in (f32, plain):
         with smallm.load(path, threads=2) as model:
             answers.append(model.logits(golden.ids))
-    assert np.abs(answers[0] - answers[1]).max() < 0.2 * answers[1].std()
+    # Some tokens go to another expert once activations are rounded: the other ones tell.
+    errors = np.abs(answers[0] - answers[1]).max(1)
+    assert np.median(errors) < 0.1 * answers[1].std()
 
 
 PACKED = ("_blocks", "_scales")
@@ -374,9 +377,9 @@ def test_shards_and_types_of_checkpoints(folder: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(written[name].data).view(np.uint16), to_bf16(tensors[source]))
 
 
-def test_memory_is_about_one_tensor(folder: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_tensors(folder: Path, tmp_path: Path) -> None:
     convert(folder, tmp_path / "warm.gguf", type="q8_0", progress=False)
-    n_ff = 1 << 15
+    n_ff = 1 << 17
     rows = np.ones((n_ff, 64), np.float16)
     rows[-1, -1] = 3
 
@@ -392,7 +395,7 @@ def test_memory_is_about_one_tensor(folder: Path, tmp_path: Path) -> None:
     convert(folder, tmp_path / "m.gguf", type="q8_0", progress=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * rows.size  # one of these in float32; all in float16 are three times that
+    assert peak < rows.nbytes  # not even one of these as it is stored
     _, tensors = read(tmp_path / "m.gguf")
     for name in ("blk.0.ffn_up.weight", "blk.1.ffn_gate.weight"):
         values = gguf.quants.dequantize(tensors[name].data, GgmlType.Q8_0)
@@ -652,8 +655,8 @@ def test_checkpoints_that_are_refused(folder: Path) -> None:
 def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(smallm.ModelNotFoundError, match="none"):
         convert(tmp_path / "none", tmp_path / "m.gguf")
-    with pytest.raises(ValueError, match=r"q4_k_m.*q8_0.*q4_0"):
-        convert(folder, tmp_path / "m.gguf", type="q4_k_m")
+    with pytest.raises(ValueError, match=r"q4_2.*q8_0.*q4_k_m.*q4_0"):
+        convert(folder, tmp_path / "m.gguf", type="q4_2")
     for name in ("tokenizer.json", "config.json"):
         kept = (folder / name).read_bytes()
         for bad in (b"{", b"[]", b'{"model": 3}', b'{"model": {"type": "BPE"}}'):
