@@ -851,6 +851,15 @@ def pooling(c: Config) -> Keys:
     return {"pooling_type": POOLING[names[0]]}
 
 
+def first_position(c: Config) -> int:
+    """RoBERTa counts positions from the one behind that of padding."""
+    return c.integer("pad_token_id", default=1) + 1
+
+
+def roberta(c: Config) -> Keys:
+    return {"context_length": c.integer("max_position_embeddings") - first_position(c)}
+
+
 def nomic(c: Config) -> Keys:
     """Published configs name the length that rope is stretched to, too: the trained one counts."""
     length = c.integer("max_trained_positions", "max_position_embeddings", default=2048)
@@ -1017,6 +1026,18 @@ GEMMA3 = Family(
     # Neither cap may be there: null counts as missing.
     expect={**GEGLU, "attn_logit_softcapping": (), "final_logit_softcapping": ()},
     rules=centred_norms(NORMS_AROUND),
+)
+BERT = Family(
+    "bert",
+    ("BertModel",),
+    (base, ffn, layer_norm, encoder),
+    expect={
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    },
+    rules=ENCODER,
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -1447,17 +1468,18 @@ FAMILIES: tuple[Family, ...] = (
         stacks=lambda c: {"enc.": c.n_layer, "dec.": decoder_layers(c)},
         tied=scaled_head,
     ),
-    Family(
-        "bert",
-        ("BertModel",),
-        (base, ffn, layer_norm, encoder),
-        expect={
-            "hidden_act": ("gelu",),
-            "position_embedding_type": ("absolute",),
-            "is_decoder": (False,),
-            "add_cross_attention": (False,),
-        },
-        rules=ENCODER,
+    BERT,
+    replace(
+        BERT,
+        models=("RobertaModel", "XLMRobertaModel"),
+        keys=(*BERT.keys, roberta),
+        rules=(
+            (
+                r"embeddings\.position_embeddings\.weight",
+                lambda m, c: [Piece("position_embd.weight", lambda x: x[first_position(c) :])],
+            ),
+            *ENCODER,
+        ),
     ),
     Family(
         "nomic-bert",

@@ -397,6 +397,8 @@ def _fill(
     """Adds tokens, types and scores to `keys`; gives the tokens."""
     marks_spaces = keys["tokenizer.ggml.model"] in ("llama", "t5")
     for i, (text, special) in added.items():
+        if special and i >= n_vocab:
+            continue  # a text model's tokenizer has tokens of images, too, which have no embedding
         old = rows.get(i, (text, SCORE_OF_ADDED, NORMAL))
         if old[2] == UNKNOWN:
             continue

@@ -24,6 +24,7 @@ from case import (
 from transformers.models.bert import modeling_bert
 from transformers.models.modernbert import modeling_modernbert
 from transformers.models.nomic_bert import modeling_nomic_bert
+from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 
 def means(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -63,6 +64,15 @@ def bert(model: Any) -> Steps:
         "no positions": parameters(model, "position_embeddings", 0),
         "the other gelu": swapped(feeds, "intermediate_act_fn", gelu_tanh),
         "no biases": parameters(model, ".bias", 0),
+    }
+
+
+def roberta(model: Any) -> Steps:
+    table = model.embeddings.position_embeddings
+    first = torch.nn.Parameter(table.weight.roll(2, 0))
+    return bert(model) | {
+        "causal": causal(modeling_xlm_roberta),
+        "positions from the first": values((table, "weight", first)),
     }
 
 
@@ -126,6 +136,15 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 EMBEDDINGS = r"embeddings\.(?:word|position|token_type)_embeddings\.weight"
 
+BERT = {
+    EMBEDDINGS: (0.0, 0.35),
+    # Where gelu is small its two forms differ by percents, which the next matrix enlarges.
+    r".*\.intermediate\.dense\.weight": (0.0, 0.08),
+    r".*\.intermediate\.dense\.bias": (-3.0, 0.3),
+    r".*\.layer\.\d+\.output\.dense\.weight": (0.0, 16.0),
+    r".*\.(?:query|key)\.weight": (0.0, 0.25),
+}
+
 CASES = [
     Case(
         "bert",
@@ -133,14 +152,21 @@ CASES = [
         transformers.BertConfig(**SMALL),
         transformers.BertModel,
         bert,
-        scales={
-            EMBEDDINGS: (0.0, 0.35),
-            # Where gelu is small its two forms differ by percents, which the next matrix enlarges.
-            r".*\.intermediate\.dense\.weight": (0.0, 0.08),
-            r".*\.intermediate\.dense\.bias": (-3.0, 0.3),
-            r".*\.layer\.\d+\.output\.dense\.weight": (0.0, 16.0),
-            r".*\.(?:query|key)\.weight": (0.0, 0.25),
-        },
+        scales=BERT,
+        kind="encoder",
+        answer=means,
+    ),
+    Case(
+        "bert-roberta",
+        "bert",
+        # Two positions more than it uses, and one kind of texts.
+        transformers.XLMRobertaConfig(
+            **SMALL | {"max_position_embeddings": 514, "pad_token_id": 1}, type_vocab_size=1
+        ),
+        transformers.XLMRobertaModel,
+        roberta,
+        subtle=("the other gelu",),
+        scales=BERT,
         kind="encoder",
         answer=means,
     ),
