@@ -258,6 +258,22 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
+def other_value(key: str, value: Any) -> Any:
+    """Another value of a file's key: one that it may have, where OTHER_VALUES has it."""
+    if key in OTHER_VALUES:
+        other = OTHER_VALUES[key]
+        if value == other:
+            other = other // 2 if isinstance(other, int) else other / 4
+        return other
+    if isinstance(value, list):
+        return [other_value(key, value[0]), *value[1:]]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"{value} and more"
+    return value + 1 if isinstance(value, int) else value * 1.5 + 0.5
+
+
 def tiers() -> list[str]:
     """Those this CPU can run, the best last."""
     from smallm import _ffi

@@ -110,16 +110,22 @@ def test_threads_tiers_and_company_change_no_bit(
                 assert same, (tier, threads, i)
 
 
-def test_each_key_moves_the_vectors(golden: Golden, tmp_path: Path) -> None:
-    keys, n = golden.read()[0], 6
-    found = {k: v for k, v in OTHER_VALUES.items() if f"{golden.arch}.{k}" in keys}
-    assert found
-    for key, value in found.items():
-        path = golden.change(tmp_path / "m.gguf", keys={key: value})
-        with smallm.load(path, threads=2, kv="f32") as model:
-            got = model.embed([golden.ids[: row + 1] for row in golden.rows[-n:]], normalize=False)
+def test_each_key_moves_the_vectors_or_does_not_fit(golden: Golden, tmp_path: Path) -> None:
+    """Every key of the architecture's in the file has a meaning, but for the limit of a text."""
+    keys, n, prefix = golden.read()[0], 6, f"{golden.arch}."
+    own = {k.removeprefix(prefix): kv.value for k, kv in keys.items() if k.startswith(prefix)}
+    assert len(own) > 5
+    for key, value in own.items():
+        path = golden.change(tmp_path / "m.gguf", keys={key: goldens.other_value(key, value)})
+        try:
+            with smallm.load(path, threads=2, kv="f32") as model:
+                texts = [golden.ids[: row + 1] for row in golden.rows[-n:]]
+                got = model.embed(texts, normalize=False)
+        except (smallm.CorruptModelError, smallm.UnsupportedModelError) as error:
+            assert key not in OTHER_VALUES, (key, error)
+            continue
         off = np.abs(got - golden.logits[-n:]).max() / golden.logits.std()
-        assert off > 100 * EXACT, key
+        assert off > 100 * EXACT or key == "context_length", key
 
 
 def test_a_window_reaches_as_far_on_both_sides(tmp_path: Path) -> None:
