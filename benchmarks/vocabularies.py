@@ -6,7 +6,8 @@
 For each vocabulary: megabytes of text a second, text by text (lines), as one text, and as a text of
 words that were not there before (`tokenizers` remembers words), with the median and range of the
 ratios of neighbouring runs.  WordPiece and Unigram vocabularies are trained here, as the tests
-train them.  How many answers are alike is printed, too.
+train them; --folder FOLDER, which may be repeated, adds the tokenizer.json of a checkpoint.  How
+many answers are alike is printed, too.
 
 --hostile: smallm's nanoseconds a byte for texts that are made to be slow, of 0.1, 1 and 10 MB.
 """
@@ -49,7 +50,9 @@ HOSTILE = {
 }
 
 
-def kinds(folder: Path | None) -> dict[str, Callable[[], tuple[Any, dict[str, Any]]]]:
+def kinds(
+    folder: Path | None, folders: list[Path]
+) -> dict[str, Callable[[], tuple[Any, dict[str, Any]]]]:
     """Name -> the reference tokenizer and its GGUF keys."""
     found: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {}
     for name, pre in reference.NPM.items():
@@ -58,7 +61,30 @@ def kinds(folder: Path | None) -> dict[str, Callable[[], tuple[Any, dict[str, An
             found[name] = lambda path=path, pre=pre: reference.json_keys(path, pre)
     found["WordPiece"] = lambda: reference.trained_wordpiece(8000)
     found["Unigram"] = unigram
+    for path in folders:
+        found[path.name] = lambda path=path: published(path)
     return found
+
+
+def published(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of a checkpoint, as smallm converts it."""
+    from gguf import GGUFValueType as Kind
+    from tiny import KV
+    from tokenizers import Tokenizer
+
+    from smallm.convert._config import Config
+    from smallm.convert._tokenizer import read_tokenizer
+
+    oracle = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    oracle.no_truncation()
+    oracle.no_padding()
+    keys = read_tokenizer(folder, Config(folder / "config.json", {}), oracle.get_vocab_size())
+    for key, value in keys.items():
+        if isinstance(value, bytes):
+            keys[key] = KV(Kind.ARRAY, list(value), Kind.UINT8)
+        elif not isinstance(value, (bool, int, str, list)):
+            keys[key] = value.tolist()
+    return oracle, keys
 
 
 def unigram() -> tuple[Any, dict[str, Any]]:
@@ -147,11 +173,18 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabularies", type=Path, help="folder with npm's node_modules")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        action="append",
+        default=[],
+        help="a checkpoint with a tokenizer.json",
+    )
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--hostile", action="store_true", help="growing texts made to be slow")
     parser.add_argument("names", nargs="*", help="which of them; all")
     args = parser.parse_args()
-    for name, make in kinds(args.vocabularies).items():
+    for name, make in kinds(args.vocabularies, args.folder).items():
         if not args.names or name in args.names:
             compare(name, make, args.repeat, args.hostile)
 
