@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 import pytest
 import tiny
 from gguf import GGMLQuantizationType as GgmlType
+from goldens import Golden
+from test_cli import one_line
 
 import smallm
 from smallm.quantize import TYPES, quantize, read_importance
@@ -298,11 +302,31 @@ def test_each_type_runs_and_keeps_what_the_file_says(
     assert error < allowed.get(kind[0 if kind[0] in "fb8" else 1], 1.5)
 
 
-def test_llama_cpp_loads_each_type(wide: Path, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    for type_name in TYPES:
-        path = quantize(wide, tmp_path / f"{type_name}.gguf", type_name, progress=False).path
-        llama_cpp.Llama(str(path), n_ctx=64, verbose=False).eval(list(range(5, 20)))
+def assert_llama_cpp_agrees(path: Path, ids: list[int]) -> None:
+    """Its logits are near ours: it rounds activations to 8 bits, too, but others of them."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="the package llama-cpp-python is not installed"
+    )
+    other = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+    other.eval(ids)
+    with smallm.load(path, threads=1) as model:
+        expected = model.logits(ids)
+    off = np.array(other.scores[: len(ids)]) - expected
+    error = np.sqrt(np.mean(off**2)) / expected.std()
+    assert error < 0.06, path
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_llama_cpp_reads_each_type(wide: Path, tmp_path: Path, type_name: str) -> None:
+    path = quantize(wide, tmp_path / type_name, type_name, progress=False).path
+    assert_llama_cpp_agrees(path, list(range(5, 40)))
+
+
+def test_llama_cpp_reads_experts_in_mxfp4(tmp_path: Path) -> None:
+    golden = Golden("qwen2moe", tmp_path)
+    path = quantize(golden.path, tmp_path / "o", "mxfp4_moe", progress=False).path
+    assert "MXFP4" in types_of(path).values()
+    assert_llama_cpp_agrees(path, golden.ids[:40])
 
 
 MIXES = {
@@ -466,6 +490,32 @@ def test_importance_that_is_none(wide: Path, tmp_path: Path) -> None:
     assert "not finite" in refusal()
 
 
+@pytest.mark.parametrize("write", [write_imatrix, write_old_imatrix])
+def test_damaged_importance_is_read_or_refused(tmp_path: Path, write: Any) -> None:
+    """Never anything but a SmallmError, and no room for what the file does not have."""
+    path, rng = tmp_path / "i", np.random.default_rng(11)
+    write(path, {f"blk.{i}.ffn_down.weight": rng.random((1, 8)) for i in range(2)})
+    whole, refused = path.read_bytes(), 0
+    lengths = [b"\xff" * 8, b"\0" * 8, struct.pack("<q", 1 << 40), struct.pack("<i", 1 << 28)]
+    for i in range(600):
+        data = bytearray(whole)
+        for _ in range(1 + i % 3):
+            at = int(rng.integers(len(data)))
+            new = lengths[i % 5] if i % 5 < 4 else rng.bytes(1)
+            data[at : at + len(new)] = new
+        if i % 7 == 0:
+            del data[int(rng.integers(len(data))) :]
+        path.write_bytes(data)
+        try:
+            found = read_importance(path)
+        except smallm.SmallmError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert all(np.isfinite(v).all() and (v >= 0).all() for v in found.values())
+    assert 100 < refused < 600
+
+
 # ---- the command, and what is refused ------------------------------------------------------------
 
 
@@ -539,25 +589,95 @@ def test_ctrl_c_leaves_what_was_there(wide: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == b"before" and list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL, no limits of files")
-def test_a_kill_and_a_full_disk(wide: Path, tmp_path: Path) -> None:
+def run_quantize(source: Path, out: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """Runs `body` in a process of its own, with the paths as source and out."""
+    code = (
+        "import os, resource, signal, sys\nfrom smallm.quantize import quantize\n"
+        f"source, out = sys.argv[1:]\n{body}"
+    )
+    program = [sys.executable, "-c", code, str(source), str(out)]
+    return subprocess.run(program, stderr=subprocess.PIPE, text=True, cwd=out.parent)
+
+
+def has_unnamed_files(folder: Path) -> bool:
+    if sys.platform != "linux" or not os.path.isdir("/proc/self/fd"):
+        return False
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_a_kill_leaves_what_was_there(wide: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out.gguf"
-
-    def run(body: str) -> subprocess.CompletedProcess[str]:
-        code = f"import os, resource, signal, sys\nfrom smallm.quantize import quantize\n{body}"
-        program = [sys.executable, "-c", code, str(wide), str(out)]
-        return subprocess.run(program, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-
-    done = run(
-        "quantize(sys.argv[1], sys.argv[2], 'q8_0', progress=lambda done, total: "
-        "done > total // 2 and os.kill(os.getpid(), signal.SIGKILL))"
+    out.write_bytes(b"before")
+    done = run_quantize(
+        wide,
+        out,
+        "quantize(source, out, 'q8_0', progress=lambda done, total: "
+        f"done > total // 2 and os.kill(os.getpid(), signal.{name}))",
     )
-    assert done.returncode == -signal.SIGKILL and not out.exists()
-    for left in tmp_path.iterdir():
-        assert left.suffix == ".part"
-        os.unlink(left)
-    done = run(
+    assert done.returncode == -signal.Signals[name] and out.read_bytes() == b"before"
+    left = [path.suffix for path in tmp_path.iterdir() if path != out]
+    assert left == ([] if has_unnamed_files(tmp_path) else [".part"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of files")
+def test_a_full_disk(wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    done = run_quantize(
+        wide,
+        out,
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "quantize(sys.argv[1], sys.argv[2], 'q8_0', progress=False)"
+        "quantize(source, out, 'q8_0', progress=False)",
     )
-    assert done.returncode == 1 and "OSError" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert re.fullmatch(rf"OSError: \[Errno \d+\] .+: '{out}'", done.stderr.splitlines()[-1])
+
+
+def test_where_a_file_cannot_be(wide: Path, tmp_path: Path) -> None:
+    """The command's one line names the path and says why."""
+    for out, words in (
+        (wide, "is the file to read"),
+        (tmp_path / "link", "is the file to read"),
+        (tmp_path / "no" / "out", "no such folder"),
+        (Path("/dev/full"), "not a file"),
+        (Path("/proc/out.gguf"), "such file|denied|permitted"),
+    ):
+        if out.name == "link":
+            out.symlink_to(wide)
+        if out.parent.name in ("dev", "proc") and not out.parent.exists():
+            continue  # another system
+        before = wide.read_bytes()
+        line = one_line(command("quantize", wide, out, "q8_0"))
+        named = out.parent if "folder" in words else out
+        assert f"{named}:" in line or f"'{named}'" in line or f"{named} is" in line, line
+        assert re.search(words, line), line
+        assert wide.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes of folders")
+def test_a_folder_that_cannot_be_written(wide: Path, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    tmp_path.chmod(0o500)
+    line = one_line(command("quantize", wide, tmp_path / "out", "q8_0"))
+    tmp_path.chmod(0o700)
+    assert str(tmp_path / "out") in line and "denied" in line and not list(tmp_path.iterdir())
+
+
+def test_another_file_system(wide: Path, tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system here")
+    one = quantize(wide, tmp_path / "o", "q4_0", progress=False).path.read_bytes()
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        out = Path(folder) / "o"
+        out.write_bytes(b"before")
+        assert quantize(wide, out, "q4_0", progress=False).path.read_bytes() == one
+        assert list(Path(folder).iterdir()) == [out]
+        assert out.stat().st_mode & 0o777 == (tmp_path / "o").stat().st_mode & 0o777

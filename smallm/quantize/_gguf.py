@@ -17,6 +17,7 @@ from .._errors import CorruptModelError, ModelNotFoundError, UnsupportedModelErr
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20
 MAX_HEADER = 1 << 30
 MAX_DIMS = 4
 _STRING, _ARRAY = 8, 9
@@ -156,8 +157,11 @@ def _parse(path: Path, data: bytes, n_file: int) -> Header:
         keys[name] = Key(value, data[begin : walk.at])
     header = Header(path, keys, [], ALIGNMENT, n_file)
     alignment = header.number("general.alignment") or ALIGNMENT
-    if alignment & (alignment - 1) or alignment % 8:
-        raise CorruptModelError(f"{path}: general.alignment is {alignment}, no power of two >= 8")
+    if alignment & (alignment - 1) or not 8 <= alignment <= MAX_ALIGNMENT:
+        raise CorruptModelError(
+            f"{path}: general.alignment is {alignment}; allowed are powers of two from 8 to "
+            f"{MAX_ALIGNMENT}"
+        )
     found = []
     for _ in range(n_tensors):
         name, n_dims = walk.string(), walk.take("I")
@@ -222,11 +226,14 @@ def read_pieces(
 ) -> Iterator[bytearray]:
     """n_bytes from byte `first` of a tensor on, `step` at a time.  CorruptModelError: the file ends
     before them."""
+    end = tensor.begin + first + n_bytes
+    if end > header.n_file_bytes:
+        raise CorruptModelError(
+            f"{header.path}: {tensor.name} ends at byte {end} of {header.n_file_bytes}"
+        )
     file.seek(tensor.begin + first)
     for at in range(0, n_bytes, step):
         piece = bytearray(min(step, n_bytes - at))
         if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-            raise CorruptModelError(
-                f"{header.path}: {tensor.name} ends beyond the file's end, {header.n_file_bytes}"
-            )
+            raise CorruptModelError(f"{header.path} was cut while it was read")
         yield piece

@@ -77,12 +77,15 @@ def read_importance(path: str | os.PathLike[str]) -> dict[str, Floats]:
     with open(path, "rb") as file:
         old = file.read(4) != MAGIC
     found = _read_old(path) if old else _read_gguf(path)
-    for name, values in found.items():
-        if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise CorruptModelError(f"{path}: {name} has a value that is negative or not finite")
     if not found:
         raise CorruptModelError(f"{path}: it knows no matrix")
     return found
+
+
+def _judged(path: Path, name: str, values: Floats) -> Floats:
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise CorruptModelError(f"{path}: {name} has a value that is negative or not finite")
+    return values
 
 
 def _read_gguf(path: Path) -> dict[str, Floats]:
@@ -98,7 +101,8 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
             size = 4 * t.n_values
             data = b"".join(read_pieces(file, header, t, 0, size, max(1, size)))
             n_cols = t.dims[0] if t.dims[0] else 1
-            tensors[t.name] = np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, n_cols)
+            values = np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, n_cols)
+            tensors[t.name] = _judged(path, t.name, values)
     found: dict[str, Floats] = {}
     for name, sums in tensors.items():
         if not name.endswith(SUMS):
@@ -135,5 +139,5 @@ def _read_old(path: Path) -> dict[str, Floats]:
             raise CorruptModelError(f"{path}: {name} has {n_values} values, more than the file")
         values = np.frombuffer(data, "<f4", n_values, at).astype(np.float32)
         at += 4 * n_values
-        found[name] = (values / np.float32(max(1, n_calls))).reshape(1, -1)
+        found[name] = _judged(path, name, values).reshape(1, -1) / np.float32(max(1, n_calls))
     return found
