@@ -275,7 +275,9 @@ def test_each_type_runs_and_keeps_what_the_file_says(
     old, new = gguf.GGUFReader(wide), gguf.GGUFReader(made.path)
     kept = {n: f.contents() for n, f in old.fields.items() if not n.startswith("GGUF.")}
     found = {n: f.contents() for n, f in new.fields.items() if not n.startswith("GGUF.")}
-    name = "ALL_F32" if type_name == "f32" else f"MOSTLY_{type_name.upper()}"
+    name = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}.get(
+        type_name, f"MOSTLY_{type_name.upper()}"
+    )
     kept["general.file_type"] = int(gguf.LlamaFileType[name])
     kept["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     assert found == kept
@@ -283,7 +285,7 @@ def test_each_type_runs_and_keeps_what_the_file_says(
     kinds = types_of(made.path)
     assert {k: list(kinds.values()).count(k) for k in made.tensors} == made.tensors
     assert kinds["blk.1.ffn_gate.weight"] == {
-        "mxfp4_moe": "Q8_0", "tq1_0": "TQ1_0", "tq2_0": "TQ2_0",
+        "mxfp4": "MXFP4", "mxfp4_moe": "Q8_0", "tq1_0": "TQ1_0", "tq2_0": "TQ2_0",
         "iq4_nl": "IQ4_NL", "iq4_xs": "IQ4_XS",
     }.get(type_name, type_name.upper()[:4].rstrip("_"))  # fmt: skip
     for o, n in zip(old.tensors, new.tensors, strict=True):
@@ -296,9 +298,10 @@ def test_each_type_runs_and_keeps_what_the_file_says(
     with smallm.load(made.path, threads=2) as model:
         off = model.logits(ids) - expected
     # Of what this model's logits vary by, which its weights move a lot: about twice with each bit.
+    # MXFP4's values and scales are powers of two or next to them: it is between 3 and 4 bits.
     allowed = {"f": 0.001, "b": 0.02, "8": 0.08, "6": 0.18, "5": 0.36, "4": 0.7, "3": 1.0, "2": 1.3}
     error = np.sqrt(np.mean(off**2)) / expected.std()
-    kind = "8" if type_name == "mxfp4_moe" else type_name.removeprefix("i")
+    kind = {"mxfp4_moe": "8", "mxfp4": "q3"}.get(type_name, type_name.removeprefix("i"))
     assert error < allowed.get(kind[0 if kind[0] in "fb8" else 1], 1.5)
 
 
@@ -340,6 +343,7 @@ MIXES = {
     "q5_k_m": {"Q5_K", "Q6_K"},
     "iq4_nl": {"IQ4_NL", "Q5_K", "Q6_K"},
     "iq4_xs": {"IQ4_XS", "Q5_K", "Q6_K"},
+    "mxfp4": {"MXFP4", "Q6_K"},
 }
 
 
@@ -355,9 +359,9 @@ def test_mixes(wide: Path, tmp_path: Path, type_name: str) -> None:
 def test_rows_that_no_256_divides_get_a_format_of_their_kind(narrow: Path, tmp_path: Path) -> None:
     made = quantize(narrow, tmp_path / "out.gguf", "q4_k_m", progress=False)
     kinds = types_of(made.path)
-    assert kinds["blk.0.attn_q.weight"] == "Q4_1" and kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_q.weight"] == "IQ4_NL" and kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.0.ffn_down.weight"][-2:] == "_K"
-    assert made.narrow["Q4_1 for Q4_K"] == list(kinds.values()).count("Q4_1")
+    assert made.narrow["IQ4_NL for Q4_K"] == list(kinds.values()).count("IQ4_NL")
     with smallm.load(made.path, threads=1) as model:
         assert np.isfinite(model.logits([5, 6, 7])).all()
     made = quantize(narrow, tmp_path / "out.gguf", "iq4_xs", progress=False)
@@ -528,7 +532,7 @@ def test_command(narrow: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     done = command("quantize", narrow, out, "Q4_K")
     assert (done.returncode, done.stdout) == (0, f"{out}\n")
-    assert "Q4_1 for Q4_K" in done.stderr and "bits per weight" in done.stderr
+    assert "IQ4_NL for Q4_K" in done.stderr and "bits per weight" in done.stderr
     done = command("quantize", narrow, out, "q8_0", "--keep", "*attn_q*=f16", "--json", "-t", "1")
     answer = json.loads(done.stdout)
     assert answer["path"] == str(out) and answer["tensors"]["F16"] == 2

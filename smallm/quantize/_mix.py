@@ -4,8 +4,8 @@ The types' names, and where they spend more bits, are those that users of llama.
 that sizes compare: the head always, and in the mixes the values of attention and the matrices that
 lead back into the residual stream, whose errors go furthest.
 
-The K-quants' blocks are of 256 values.  A row that no 256 divides gets the format of 32-wide blocks
-that loses about as much, not the next larger one: Q4_1 has Q4_K's grid with its scales in float16.
+The K-quants' blocks are of 256 values.  A row that no 256 divides gets the smallest format of
+32-wide blocks that loses about as much or less, as benchmarks/mixes.py measures it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _FILE_TYPES = {
     "q2_k": (10, "Q2_K"),
     "iq4_nl": (25, "IQ4_NL"),
     "iq4_xs": (30, "IQ4_XS"),
+    "mxfp4": (38, "MXFP4"),
     "mxfp4_moe": (38, "MXFP4"),
     "tq2_0": (37, "TQ2_0"),
     "tq1_0": (36, "TQ1_0"),
@@ -47,11 +48,11 @@ TERNARY = ("tq2_0", "tq1_0")
 LISTED = ("iq4_nl", "iq4_xs")
 _ALIASES = {"q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m"}
 
-# For rows that no 256 divides.
+# For rows that no 256 divides.  Ternary values are in Q4_0 what they are, in IQ4_NL they are not.
 _NARROW = {
-    "Q2_K": "Q4_0",
-    "Q3_K": "Q4_0",
-    "Q4_K": "Q4_1",
+    "Q2_K": "IQ4_NL",
+    "Q3_K": "IQ4_NL",
+    "Q4_K": "IQ4_NL",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
     "IQ4_XS": "IQ4_NL",

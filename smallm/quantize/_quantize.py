@@ -40,7 +40,7 @@ class Quantized(NamedTuple):
     size: int  #: bytes of the file
     bits_per_weight: float  #: over all tensors
     tensors: dict[str, int]  #: how many have which format
-    narrow: dict[str, int]  #: "Q4_1 for Q4_K": how many, as no 256 divides their rows
+    narrow: dict[str, int]  #: "IQ4_NL for Q4_K": how many, as no 256 divides their rows
 
 
 class _Job(NamedTuple):
