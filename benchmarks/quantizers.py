@@ -13,7 +13,7 @@ Formats of 256-wide blocks: the matrices that can hold them are `ffn_down`, as t
 forward pass (tests/reference.py) multiplies them with on the text's first tokens, both relative.
 
 --shuffled permutes the model's channels first: it computes the same, and its weights are on no
-format's grid any more.  --seeds N is the mean over N such orders.
+format's grid any more.
 
 Times are those of the two functions, in alternating processes.  --repeats 0 leaves them out,
 --parts 0 all that has to do with quality.
@@ -100,8 +100,12 @@ sys.exit(code)
 """
 
 
-def timed(*command: str | Path) -> float:
-    words = [str(word) for word in command]
+def timed(python: str, program: str, source: Path, *command: str | Path) -> float:
+    """Runs the program, as a file beside the source: a program of its own folder would find the
+    checkout's smallm, which has no library."""
+    script = source.with_name("quantizer.py")
+    script.write_text(program)
+    words = [python, script, source, *command]
     return float(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -110,12 +114,12 @@ def ours(source: Path, out: Path, kind: Type, threads: int) -> float:
     pattern = f"*{WIDE}" if kind in ALL_WIDE else "*"
     keep = [] if kind.format is None else [f"{pattern}={kind.format}"]
     name = "q8_0" if kind.name == "mxfp4" else kind.name
-    return timed(sys.executable, "-c", OURS, source, out, name, str(threads), json.dumps(keep))
+    return timed(sys.executable, OURS, source, out, name, str(threads), json.dumps(keep))
 
 
 def theirs(peer: str, source: Path, out: Path, kind: Type, threads: int) -> float:
     pure = "0" if kind.format is None else "1"
-    return timed(peer, "-c", THEIRS, source, out, str(int(kind.kind)), str(threads), pure)
+    return timed(peer, THEIRS, source, out, str(int(kind.kind)), str(threads), pure)
 
 
 def shuffle(path: Path, seed: int = 0) -> None:
@@ -226,7 +230,8 @@ def compare(peer: str, source: Path, options: Any, results: dict[str, Any]) -> l
     """Rows of the table of quality."""
     folder = source.parent
     pairs: list[tuple[Path, Path]] = []
-    for kind in NARROW:
+    narrow = [kind for kind in NARROW if kind.name in options.types]
+    for kind in narrow:
         pairs.append((folder / f"{kind.name}.ours.gguf", folder / f"{kind.name}.theirs.gguf"))
         ours(source, pairs[-1][0], kind, options.threads)
         theirs(peer, source, pairs[-1][1], kind, options.threads)
@@ -234,7 +239,8 @@ def compare(peer: str, source: Path, options: Any, results: dict[str, Any]) -> l
     with smallm.load(source, threads=options.threads) as model:
         tokens = model.tokenize(text, add_special=False)
     parts = runs(tokens, options.parts, options.windows * WINDOW)
-    found = divergences(source, [path for pair in pairs for path in pair], parts, options)
+    files = [path for pair in pairs for path in pair]
+    found = divergences(source, files, parts, options) if files else np.empty(0)
     rows = []
 
     def add(kind: Type, n: int, what: str, values: list[float], ratio: str, sizes: Any) -> None:
@@ -243,7 +249,7 @@ def compare(peer: str, source: Path, options: Any, results: dict[str, Any]) -> l
         shown = " / ".join(sorted({f"{size / 1e6:.1f}" for size in sizes}))
         rows.append([name, str(n), what, *(f"{v:.5f}" for v in values), ratio, shown])
 
-    for i, (kind, pair) in enumerate(zip(NARROW, pairs, strict=True)):
+    for i, (kind, pair) in enumerate(zip(narrow, pairs, strict=True)):
         a, b = found[2 * i : 2 * i + 2]
         ratio, error = quotient(a, b)
         wanted = kind.format or kind.name.upper()
@@ -255,7 +261,7 @@ def compare(peer: str, source: Path, options: Any, results: dict[str, Any]) -> l
             path.unlink()
     originals, passed = matrices(source, None), Inputs(source)
     passed.logits(parts[0][:N_INPUTS])
-    for kind in ALL_WIDE:
+    for kind in [kind for kind in ALL_WIDE if kind.name in options.types]:
         both = [folder / "ours.gguf", folder / "theirs.gguf"]
         ours(source, both[0], kind, options.threads)
         theirs(peer, source, both[1], kind, options.threads)
@@ -277,7 +283,7 @@ def compare(peer: str, source: Path, options: Any, results: dict[str, Any]) -> l
 def race(peer: str, name: str, source: Path, options: Any, results: dict[str, Any]) -> str:
     """The table of times."""
     rows, out = [], source.with_name("out.gguf")
-    for kind in [*NARROW, *ALL_WIDE]:
+    for kind in [kind for kind in [*NARROW, *ALL_WIDE] if kind.name in options.types]:
         mine, other = [], []
         for _ in range(options.repeats):
             mine.append(ours(source, out, kind, options.threads))
@@ -292,6 +298,8 @@ def race(peer: str, name: str, source: Path, options: Any, results: dict[str, An
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0])
     add_model(parser)
+    every = [kind.name for kind in [*NARROW, *ALL_WIDE]]
+    parser.add_argument("--types", nargs="+", choices=every, default=every)
     parser.add_argument("--parts", type=int, default=24, help="of the text, 0: no quality")
     parser.add_argument("--windows", type=int, default=6, help="of 512 tokens in a part")
     parser.add_argument("--shuffled", action="store_true", help="with the channels permuted")
