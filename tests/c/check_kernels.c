@@ -1576,7 +1576,8 @@ static void bench_matmuls(const char *pattern) {
     for (int t = 0; t < SM_TYPE_COUNT; t++) {
         static const struct {
             size_t n_rows, k, n_tokens;
-        } sizes[] = {{1 << 16, 1024, 1}, {1536, 512, 1}, {1536, 512, 5}, {1536, 512, 16}, {1536, 512, 128}};
+        } sizes[] = {{1 << 16, 1024, 1}, {1 << 16, 1024, 8}, {1536, 512, 1},
+                     {1536, 512, 8}, {1536, 512, 16}, {1536, 512, 128}};
         for (size_t s = 0; s < SM_COUNT(sizes); s++) {
             size_t n_rows = sizes[s].n_rows, k = sizes[s].k, n = sizes[s].n_tokens;
             char what[100];

@@ -327,6 +327,7 @@ INLINE void pair_sums(struct sm_layout f, const struct sm_matmul *m, size_t n_to
 /* Some blocks of TOKENS tokens against one panel. */
 struct scaled_tile {
     const uint8_t *panel; /* at the first block */
+    const uint8_t *next;  /* blocks to come, which the first tokens ask for; or NULL */
     const struct scaled_codes *codes;
     const int8_t *q;      /* [TOKENS][stride] */
     const float *d;       /* [TOKENS][row_blocks] */
@@ -372,6 +373,8 @@ INLINE void run_scaled_tile(struct sm_layout f, const struct scaled_tile *a) {
     for (size_t i = 0; i < SM_MIN(n, RING - 1); i++) start_scaled(f, a, i);
     for (size_t b = 0; b < a->n_blocks; b++) {
         const uint8_t *block = a->panel + b * sm_layout_bytes(f);
+        for (size_t j = 0; a->next != NULL && j < sm_layout_bytes(f); j += 64)
+            _mm_prefetch(a->next + b * sm_layout_bytes(f) + j, _MM_HINT_T1);
         const __m512 dw = sm_load_d(f, block);
         __m512 scale[TOKENS]; /* in memory: the sums fill the registers */
         for (int t = 0; t < TOKENS; t++)
@@ -411,11 +414,13 @@ INLINE void run_scaled(struct sm_layout f, const struct sm_matmul *m, size_t n_t
     struct scaled_scratch *s = m->scratch;
     configure(f.group >= 64 ? 2 : 1);
     for (size_t b = 0; b < all; b += most) {
-        const size_t n_b = SM_MIN(all - b, most);
+        const size_t n_b = SM_MIN(all - b, most), at = b * sm_layout_bytes(f);
         if (f.mins) pair_sums(f, m, n_tokens, b, n_b, s->pairs);
         for (size_t p = 0; p < m->n_panels; p++) {
-            const uint8_t *panel = m->panels + p * m->panel_bytes;
-            struct scaled_tile a = {.panel = panel + b * sm_layout_bytes(f), .codes = &s->codes,
+            const uint8_t *panel = m->panels + p * m->panel_bytes, *next = panel + m->panel_bytes + at;
+            if (p + 1 == m->n_panels)
+                next = b + n_b < all ? m->panels + at + n_b * sm_layout_bytes(f) : m->next;
+            struct scaled_tile a = {.panel = panel + at, .codes = &s->codes,
                                     .stride = acts->stride, .row_blocks = all, .n_blocks = n_b,
                                     .ld = m->ld, .carry = b != 0, .ring = s->ring};
             unpack_scaled(f, &s->codes, panel, b, n_b);
@@ -425,6 +430,7 @@ INLINE void run_scaled(struct sm_layout f, const struct sm_matmul *m, size_t n_t
                 a.d = acts->d + row * all + b;
                 a.pairs = s->pairs + t * (SCALED_COLUMNS / 32);
                 a.out = m->out + t * m->ld + p * ROWS;
+                a.next = t == 0 ? next : NULL;
                 run_scaled_tile(f, &a);
             }
         }

@@ -7,6 +7,7 @@
  * FEW_COLUMNS columns (in L1) for few tokens, TILE_COLUMNS (64 KB, well inside L2) for many; longer
  * rows carry their sums in `out`. */
 #include <immintrin.h>
+#include <stdatomic.h>
 
 #include "../panels.h"
 #include "../tier.h"
@@ -58,8 +59,6 @@ INLINE void unpack(struct sm_layout f, uint8_t *codes, const uint8_t *panel, siz
         __m512i group[8];
         const uint8_t *slab = panel + i / per_block * sm_layout_bytes(f) + sm_layout_codes(f) +
                               i % per_block * sm_layout_slab(f);
-        for (size_t j = 0; j < sm_layout_slab(f); j += 64)
-            _mm_prefetch(slab + PREFETCH_BYTES + j, _MM_HINT_T0);
         load_slab(f, slab, group);
 #pragma GCC unroll 8
         for (int g = 0; g < 8; g++) _mm512_store_si512(codes + 64 * g, group[g]);
@@ -82,6 +81,7 @@ struct tile {
     bool first_pass;         /* packed: prefetches; later tokens find the panels in the cache */
     size_t n_within;         /* packed: blocks whose prefetch stays in the panel */
     uintptr_t to_next;       /* from a panel's end to the panel that follows in this stream */
+    const uint8_t *ahead[2]; /* unpacked: as many packed bytes that are to come, asked for meanwhile; or NULL */
     /* Of the sums of q over a sub-block (32 columns at most): */
     int32_t seed[TILE_TOKENS][TILE_COLUMNS / 16]; /* -bias * sum, what the codes' bias adds */
     int32_t pairs[TILE_TOKENS][TILE_COLUMNS / 32]; /* neighbours as two int16, for the mins */
@@ -115,6 +115,14 @@ INLINE void prepare_sums(struct sm_layout f, int n_t, struct tile *a, const int1
 INLINE void prefetch(const struct tile *a, int p, size_t block, size_t from, size_t to) {
     uintptr_t ahead = (uintptr_t)a->panel[p] + PREFETCH_BYTES + (block < a->n_within ? 0 : a->to_next);
     for (size_t i = from; i < to; i += 64) _mm_prefetch((const void *)(ahead + i), _MM_HINT_T0);
+}
+
+/* Asks for some of the bytes that are to come, while codes are multiplied: no inline code, lest it take
+ * registers from the loops around it. */
+static __attribute__((noinline)) void prefetch_ahead(const struct tile *a, size_t from, size_t to) {
+    for (int p = 0; p < 2; p++)
+        for (size_t i = from; i < to; i += 64) _mm_prefetch(a->ahead[p] + i, _MM_HINT_T0);
+    atomic_signal_fence(memory_order_seq_cst); /* else it has no effect that a compiler knows */
 }
 
 INLINE __m512i broadcast4(const int8_t *p) {
@@ -155,8 +163,10 @@ INLINE void add_block(struct sm_layout f, int n_t, const struct tile *a, size_t 
 INLINE void plain_tile(struct sm_layout f, int n_p, int n_t, const struct tile *a) {
     __m512 acc[4][TILE_TOKENS];
     load_acc(n_p, n_t, a, acc);
+    const size_t step = sm_layout_bytes(f);
     for (size_t b = 0; b < a->n_blocks; b++) {
         __m512i isum[2][TILE_TOKENS];
+        if (a->ahead[0] != NULL) prefetch_ahead(a, b * step, (b + 1) * step);
         for (int t = 0; t < n_t; t++)
             for (int p = 0; p < n_p; p++) isum[p][t] = seed_of(f, a, t, b);
         const int8_t *q = a->q + SM_SLAB * b;
@@ -240,12 +250,16 @@ INLINE void subtract_mins(struct sm_layout f, int n_t, const struct tile *a, siz
 INLINE void scaled_tile(struct sm_layout f, int n_p, int n_t, const struct tile *a) {
     const size_t step = sm_layout_bytes(f);
     const int n_sub = f.block / f.sub, sub_groups = f.sub / 4, group_subs = f.group / f.sub;
+    const size_t line = step / (size_t)n_sub;
     __m512 acc[4][TILE_TOKENS];
     load_acc(n_p, n_t, a, acc);
     for (size_t b = 0; b < a->n_blocks; b++) {
 #pragma GCC unroll 1
         for (int first = 0; first < n_sub; first += group_subs) {
             __m512 scaled[2][TILE_TOKENS];
+            if (a->ahead[0] != NULL)
+                prefetch_ahead(a, b * step + (size_t)first * line,
+                               b * step + (size_t)(first + group_subs) * line);
             for (int p = 0; p < n_p; p++)
                 for (int t = 0; t < n_t; t++) scaled[p][t] = _mm512_setzero_ps();
 #pragma GCC unroll 1
@@ -345,7 +359,7 @@ INLINE void scaled_packed_tile(struct sm_layout f, int n_p, int n_t, const struc
 
 /* Tokens t .. t + n_t - 1 of m against n_p panels from `panel` on, n_blocks blocks from `first` on. */
 INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const struct sm_matmul *m,
-                     size_t panel, size_t t, size_t first, size_t n_blocks) {
+                     size_t panel, size_t t, size_t first, size_t n_blocks, const uint8_t *ahead) {
     const struct sm_acts *acts = m->acts;
     const size_t step = sm_layout_bytes(f), sums = f.block == 32 ? 1 : 16; /* of a block */
     struct tile a;
@@ -373,6 +387,8 @@ INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const 
     a.to_next = (uintptr_t)next - (uintptr_t)(m->panels + (panel + 1) * m->panel_bytes);
     prepare_sums(f, n_t, &a, acts->sum + at * sums, a.row_blocks * sums);
     a.first_pass = t == 0;
+    for (int p = 0; p < 2; p++)
+        a.ahead[p] = t == 0 && ahead != NULL ? ahead + (size_t)p * m->panel_bytes : NULL;
     if (f.scales == SM_SCALES_NONE && unpacked)
         plain_tile(f, n_p, n_t, &a);
     else if (f.scales == SM_SCALES_NONE)
@@ -384,17 +400,18 @@ INLINE void run_tile(struct sm_layout f, bool unpacked, int n_p, int n_t, const 
 }
 
 /* Two panels over unpacked codes of n_b blocks from b on, in tiles of 6 (4), 2 and 1 tokens. */
-INLINE void run_pair(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t b, size_t n_b) {
+INLINE void run_pair(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t b, size_t n_b,
+                     const uint8_t *ahead) {
     const size_t per_block = (size_t)f.block / SM_SLAB, n = m->n_tokens;
     size_t t = 0;
     for (size_t p = 0; p < 2 && f.low < 8; p++)
         unpack(f, (uint8_t *)m->scratch + p * (TILE_COLUMNS * ROWS),
                m->panels + (panel + p) * m->panel_bytes, b * per_block, n_b * per_block);
     if (f.scales == SM_SCALES_NONE)
-        for (; t + 6 <= n; t += 6) run_tile(f, true, 2, 6, m, panel, t, b, n_b);
-    for (; t + 4 <= n; t += 4) run_tile(f, true, 2, 4, m, panel, t, b, n_b);
-    for (; t + 2 <= n; t += 2) run_tile(f, true, 2, 2, m, panel, t, b, n_b);
-    if (t < n) run_tile(f, true, 2, 1, m, panel, t, b, n_b);
+        for (; t + 6 <= n; t += 6) run_tile(f, true, 2, 6, m, panel, t, b, n_b, ahead);
+    for (; t + 4 <= n; t += 4) run_tile(f, true, 2, 4, m, panel, t, b, n_b, ahead);
+    for (; t + 2 <= n; t += 2) run_tile(f, true, 2, 2, m, panel, t, b, n_b, ahead);
+    if (t < n) run_tile(f, true, 2, 1, m, panel, t, b, n_b, ahead);
 }
 
 /* One panel, token by token: the odd one of a share that has no neighbour. */
@@ -404,7 +421,7 @@ INLINE void run_single(struct sm_layout f, const struct sm_matmul *m) {
         size_t n_b = SM_MIN(all - b, most);
         if (f.low < 8)
             unpack(f, m->scratch, m->panels, b * block / SM_SLAB, n_b * block / SM_SLAB);
-        for (size_t t = 0; t < m->n_tokens; t++) run_tile(f, true, 1, 1, m, 0, t, b, n_b);
+        for (size_t t = 0; t < m->n_tokens; t++) run_tile(f, true, 1, 1, m, 0, t, b, n_b, NULL);
     }
 }
 
@@ -417,13 +434,13 @@ INLINE void run_packed(struct sm_layout f, int n_t, const struct sm_matmul *m) {
         for (size_t b = 0; b < all; b += most) {
             size_t n_b = SM_MIN(all - b, most);
             if (f.scales != SM_SCALES_NONE) /* a loop over panels is as fast, and a third of the code */
-                run_tile(f, false, (int)n_p, n_t, m, p, 0, b, n_b);
+                run_tile(f, false, (int)n_p, n_t, m, p, 0, b, n_b, NULL);
             else if (n_p == 4)
-                run_tile(f, false, 4, n_t, m, p, 0, b, n_b);
+                run_tile(f, false, 4, n_t, m, p, 0, b, n_b, NULL);
             else if (n_p == 2)
-                run_tile(f, false, 2, n_t, m, p, 0, b, n_b);
+                run_tile(f, false, 2, n_t, m, p, 0, b, n_b, NULL);
             else
-                run_tile(f, false, 1, n_t, m, p, 0, b, n_b);
+                run_tile(f, false, 1, n_t, m, p, 0, b, n_b, NULL);
         }
     }
 }
@@ -438,34 +455,51 @@ INLINE void run_several(struct sm_layout f, const struct sm_matmul *m) {
                 size_t t = n * i / n_tiles, n_t = n * (i + 1) / n_tiles - t;
                 size_t n_b = SM_MIN(all - b, most);
                 switch (n_t) {
-                case 3: run_tile(f, false, 1, 3, m, p, t, b, n_b); break;
-                case 4: run_tile(f, false, 1, 4, m, p, t, b, n_b); break;
-                case 5: run_tile(f, false, 1, 5, m, p, t, b, n_b); break;
-                case 6: run_tile(f, false, 1, 6, m, p, t, b, n_b); break;
-                case 7: run_tile(f, false, 1, 7, m, p, t, b, n_b); break;
-                default: run_tile(f, false, 1, TILE_TOKENS, m, p, t, b, n_b); break;
+                case 3: run_tile(f, false, 1, 3, m, p, t, b, n_b, NULL); break;
+                case 4: run_tile(f, false, 1, 4, m, p, t, b, n_b, NULL); break;
+                case 5: run_tile(f, false, 1, 5, m, p, t, b, n_b, NULL); break;
+                case 6: run_tile(f, false, 1, 6, m, p, t, b, n_b, NULL); break;
+                case 7: run_tile(f, false, 1, 7, m, p, t, b, n_b, NULL); break;
+                default: run_tile(f, false, 1, TILE_TOKENS, m, p, t, b, n_b, NULL); break;
                 }
             }
 }
 
+/* n_pairs pairs of panels from `panel` on; next: what is read after them.  Of few tokens panels outside and
+ * columns inside, so that the packed bytes come in one stream; of many columns outside and panels inside, so
+ * that much of the activations stays in L2. */
+INLINE void run_pairs(struct sm_layout f, const struct sm_matmul *m, size_t panel, size_t n_pairs,
+                      const uint8_t *next) {
+    const size_t all = m->acts->k_pad / (size_t)f.block, step = sm_layout_bytes(f);
+    const bool few = m->n_tokens < MANY_TOKENS;
+    const size_t most = (few ? FEW_COLUMNS : TILE_COLUMNS) / (size_t)f.block;
+    const size_t n_chunks = (all + most - 1) / most, n = n_pairs * n_chunks;
+    for (size_t i = 0, p = panel, b = 0; i < n; i++) {
+        const size_t j = i + 1, own = p, first = b;
+        p = panel + 2 * (few ? j / n_chunks : j % n_pairs);
+        b = most * (few ? j % n_chunks : j / n_pairs);
+        run_pair(f, m, own, first, SM_MIN(all - first, most),
+                 j == n ? next : m->panels + p * m->panel_bytes + b * step);
+    }
+}
+
 INLINE void integers(struct sm_layout f, const struct sm_matmul *m) {
-    const size_t n = m->n_panels, all = m->acts->k_pad / (size_t)f.block;
     if (m->n_tokens == 1) {
         run_packed(f, 1, m);
     } else if (m->n_tokens == 2) {
         run_packed(f, 2, m);
     } else if (f.scales == SM_SCALES_NONE && m->n_tokens < MANY_TOKENS) {
         run_several(f, m);
-    } else if (n == 1) {
+    } else if (m->n_panels == 1) {
         run_single(f, m);
     } else {
-        /* Columns outside, panels inside: so much of the activations stays in L2. */
-        const size_t most = (m->n_tokens < MANY_TOKENS ? FEW_COLUMNS : TILE_COLUMNS) / (size_t)f.block;
-        for (size_t b = 0; b < all; b += most)
-            for (size_t p = 0; p + 2 <= n; p += 2) run_pair(f, m, p, b, SM_MIN(all - b, most));
-        /* A rest runs over a panel again: the same numbers in the same places. */
-        for (size_t b = 0; n % 2 != 0 && b < all; b += most)
-            run_pair(f, m, n - 2, b, SM_MIN(all - b, most));
+        /* A rest of one panel runs over its neighbour again: the same numbers in the same places. */
+        const size_t n = m->n_panels;
+        for (size_t p = 0, n_pairs; p < n; p += 2 * n_pairs) {
+            n_pairs = SM_MAX((n - p) / 2, 1);
+            run_pairs(f, m, SM_MIN(p, n - 2), n_pairs,
+                      p + 2 * n_pairs < n ? m->panels + (n - 2) * m->panel_bytes : m->next);
+        }
     }
 }
 
