@@ -12,6 +12,8 @@
 #ifndef SM_FIT_H
 #define SM_FIT_H
 
+#include <float.h>
+
 #include "../f16.h"
 #include "kernels.h"
 
@@ -91,19 +93,28 @@ struct sm_lot {
 /* What the codes of a format stand for: the integers lo .. hi, or the values of an ascending list. */
 struct sm_steps {
     float lo, hi;
-    int n;           /* values of the list; 0: there is none */
-    float value[16];
+    float value[16];  /* the last one again where there are fewer */
+    float middle[16]; /* between value i and i + 1; after the last FLT_MAX */
 };
 
 /* The one next to x; of two as near the lower one of a list, and the even integer. */
 static inline sm_vf sm_step_at(const struct sm_steps *c, bool listed, sm_vf x) {
     if (!listed) return sm_round(sm_least(sm_greatest(x, sm_all(c->lo)), sm_all(c->hi)));
-    sm_vf found = sm_all(c->value[0]);
-    for (int i = 1; i < c->n; i++) {
-        float step = c->value[i] - c->value[i - 1], middle = 0.5f * (c->value[i] + c->value[i - 1]);
-        found += (sm_vf)((x > sm_all(middle)) & (sm_vi)sm_all(step));
+#if defined(__AVX512F__)
+    const __m512 values = (__m512)sm_load(c->value), middles = (__m512)sm_load(c->middle);
+    __m512i at = _mm512_setzero_si512();
+    for (int step = 8; step > 0; step /= 2) { /* at, the number of middles below x, by its digits */
+        __m512 middle = _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(step - 1)), middles);
+        __mmask16 above = _mm512_cmp_ps_mask((__m512)x, middle, _CMP_GT_OQ);
+        at = _mm512_mask_add_epi32(at, above, at, _mm512_set1_epi32(step));
     }
+    return (sm_vf)_mm512_permutexvar_ps(at, values);
+#else
+    sm_vf found = sm_all(c->value[0]);
+    for (int i = 0; i < 15; i++)
+        found += (sm_vf)((x > sm_all(c->middle[i])) & (sm_vi)sm_all(c->value[i + 1] - c->value[i]));
     return found;
+#endif
 }
 
 /* ---- x = d q ---------------------------------------------------------------------------------- */
@@ -161,13 +172,14 @@ static inline sm_vf sm_scale_loss(const struct sm_lot *s, const struct sm_steps 
     return sum;
 }
 
-/* The power of two that as a scale loses least, of those that take the peak to about the last step. */
+/* The power of two that as a scale loses least, of those that take the peak to about the last step: of
+ * FP4's, whose steps of twice the greatest of these are among its own, up to the peak. */
 static inline sm_vf sm_fit_power(const struct sm_lot *s, const struct sm_steps *c) {
     sm_vf peak = sm_size(sm_peak(s)), best = {0}, least = {0};
     sm_vi seen = peak >= sm_all(SM_FIT_MIN);
     sm_vf power = (sm_vf)((sm_vi)peak & 0x7f800000); /* at most the peak */
     power = sm_if(seen, power, sm_all(1)) * 0.0625f;
-    for (int i = 0; i < 4; i++, power += power) {
+    for (int i = 0; i < 3; i++, power += power) {
         sm_vf loss = sm_scale_loss(s, c, true, power);
         sm_vi better = i == 0 ? (sm_vi)(loss == loss) : (sm_vi)(loss < least);
         least = sm_if(better, loss, least);
@@ -524,12 +536,18 @@ static inline void sm_fit(enum sm_type t, const float *x, const float *w, size_t
         return;
     }
     const uint8_t *table = sm_table(layout.table); /* FP4 has zero twice, and is not in order */
+    int n = 0;
     for (int v = 0; v < 256; v++)
         for (int i = 0; i < 16; i++)
             if (table[i] == v) {
-                steps.value[steps.n++] = (float)(v - layout.bias);
+                steps.value[n++] = (float)(v - layout.bias);
                 break;
             }
+    for (; n < 16; n++) steps.value[n] = steps.value[n - 1];
+    for (int i = 0; i < 16; i++) {
+        bool last = i == 15 || steps.value[i] == steps.value[i + 1];
+        steps.middle[i] = last ? FLT_MAX : 0.5f * (steps.value[i] + steps.value[i + 1]);
+    }
     sm_fit_blocks(&writer->fit, layout, &steps, true, x, w, n_blocks, out);
 }
 
